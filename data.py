@@ -1,0 +1,571 @@
+"""What goes in and out of a run: pictures, crops, the token cache, the ranks that share them, checkpoints on disk.
+
+Notable:
+- A built-in data set, `shapes`, needs no download: 1000 classes of drawn pictures, each a function of (seed, split, index).
+- Every random choice follows from (seed, epoch, index), so workers, ranks and a resumed run all see the same pictures.
+- The token cache is one memory-mapped array; a row that is not written yet is filled with 65535, so that a build can be
+  killed at any moment and goes on where it was.
+- Checkpoints are written aside, synced and renamed, and loading them runs no code.
+
+`python data.py` writes a labelled contact sheet of the built-in pictures.
+"""
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+import zlib
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message says what was found and what to do."""
+
+
+def run(main):
+    """Call main() as a command: an InputError becomes one line on stderr and exit code 2, Ctrl-C exits with 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)     # the other ranks may be waiting for this one
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def generator(stream, *ids):
+    """A numpy Generator that follows from the name of its use and some non-negative integers alone."""
+    return np.random.default_rng([zlib.crc32(stream.encode()), *ids])
+
+
+# -----------------------------------------------------------------------------
+# Built-in pictures: class = 100 * shape + 10 * colour + background
+
+SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "bar", "hourglass"]
+COLOURS = {"red": (214, 40, 40), "orange": (245, 135, 20), "yellow": (250, 215, 50), "green": (40, 150, 60),
+           "cyan": (40, 205, 215), "blue": (40, 80, 215), "purple": (130, 50, 185), "pink": (250, 110, 180),
+           "brown": (125, 75, 35), "white": (250, 250, 250)}
+BACKGROUNDS = {"night": (18, 20, 40), "slate": (95, 105, 120), "fog": (190, 194, 198), "sand": (224, 202, 155),
+               "mint": (170, 226, 192), "sky": (160, 204, 242), "lavender": (202, 182, 236), "rose": (242, 200, 200),
+               "forest": (24, 66, 46), "wine": (88, 22, 48)}
+SHAPE_CLASSES = [f"{colour} {shape} on {ground}" for shape in SHAPES for colour in COLOURS for ground in BACKGROUNDS]
+PALETTE, GROUNDS = (np.array(list(c.values()), np.float32) / 255 for c in (COLOURS, BACKGROUNDS))
+
+
+def signed_distance(shape, x, y):
+    """Distance to the outline of a shape about one unit in radius, negative inside. x, y: arrays, y down."""
+    r = np.hypot(x, y)
+    if shape == "circle":
+        return r - 0.85
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.75
+    if shape == "triangle":
+        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.5
+    if shape == "star":                       # fold the plane into half a point, then one straight edge
+        angle = np.arctan2(x, -y) % (2 * math.pi / 5)
+        angle = np.minimum(angle, 2 * math.pi / 5 - angle)
+        px, py = r * np.cos(angle) - 1.0, r * np.sin(angle)
+        ex, ey = 0.42 * math.cos(math.pi / 5) - 1.0, 0.42 * math.sin(math.pi / 5)
+        return (px * ey - py * ex) / math.hypot(ex, ey)
+    if shape == "cross":
+        return np.minimum(np.maximum(abs(x) - 0.9, abs(y) - 0.28), np.maximum(abs(x) - 0.28, abs(y) - 0.9))
+    if shape == "ring":
+        return abs(r - 0.68) - 0.2
+    if shape == "crescent":
+        return np.maximum(r - 0.9, 0.75 - np.hypot(x - 0.45, y))
+    if shape == "heart":                      # a square on its corner, and a disc on each upper side
+        u, v = (x + y) * 0.7071, (x - y) * 0.7071
+        discs = np.minimum(np.hypot(u + 0.05, v - 0.58), np.hypot(u + 0.58, v - 0.05)) - 0.53
+        return np.minimum(np.maximum(abs(u + 0.05), abs(v - 0.05)) - 0.53, discs)
+    if shape == "bar":
+        return np.maximum(abs(x) - 0.98, abs(y) - 0.3)
+    return np.maximum(abs(y) - 0.85, (abs(x) - 0.12 - 0.7 * abs(y)) / 1.22)            # hourglass
+
+
+@functools.lru_cache
+def pixel_centres(size):
+    return tuple((np.mgrid[0:size, 0:size][::-1] + 0.5).astype(np.float32) / size - 0.5)
+
+
+def draw_shape(seed, split, index, size):
+    """Picture `index` of a split of the built-in set: (size, size, 3) uint8 and its class, index % 1000.
+
+    Position, size, rotation, tint and shading are random; edges are antialiased by their distance in pixels.
+    """
+    label = index % 1000
+    rng = generator("shapes " + split, seed, index)
+    x, y = pixel_centres(size)
+    angle, radius = rng.uniform(-0.4, 0.4), rng.uniform(0.25, 0.36)
+    cx, cy = rng.uniform(-0.13, 0.13, 2)
+    tints = rng.uniform(-0.05, 0.05, (2, 3)).astype(np.float32)
+    lights = rng.uniform(-0.28, 0.28, (2, 2))
+    cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
+    u, v = (x - cx) * cos + (y - cy) * sin, (y - cy) * cos - (x - cx) * sin
+    cover = np.clip(0.5 - signed_distance(SHAPES[label // 100], u, v) * (radius * size), 0, 1)[..., None]
+    ground, paint = (((colour + tint).clip(0, 1) * (1 + light[0] * x + light[1] * y)[..., None]) for colour, tint, light in
+                     zip((GROUNDS[label % 10], PALETTE[label // 10 % 10]), tints, lights))
+    return ((ground + (paint - ground) * cover).clip(0, 1) * 255 + 0.5).astype(np.uint8), label
+
+
+class Shapes:
+    """The built-in pictures as a data set. Every epoch draws new ones; a picture has one crop, itself."""
+    crops = ["whole"]
+    classes = SHAPE_CLASSES
+    name = "shapes"
+
+    def __init__(self, split, size, seed, length):
+        self.split, self.size, self.seed, self.length = split, size, seed, length
+        self.labels = np.arange(length) % 1000
+        self.files = f"shapes {seed} {split} {length}"       # what a token cache of this set depends on
+
+    def __len__(self):
+        return self.length
+
+    def read(self, epoch, index):
+        """-> (3, H, W) uint8 tensor, class."""
+        image, label = draw_shape(self.seed, self.split, epoch * self.length + index, self.size)
+        return torch.from_numpy(image).permute(2, 0, 1), label
+
+    def read_crops(self, index):
+        """-> (crops, 3, H, W) uint8: what the token cache keeps of a picture."""
+        return self.read(0, index)[0][None]
+
+
+# -----------------------------------------------------------------------------
+# Image folders
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def read_image(path):
+    """Any image file as an upright RGB PIL image; 16-bit greys are scaled to 8, transparency goes onto white."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).astype(np.float32) / 257 + 0.5).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:                # Pillow's decoders raise a dozen kinds for a damaged file
+        raise InputError(f"{path} is not a readable image ({error}); remove or repair it, "
+                         "or train with --skip-bad-images") from None
+
+
+def shrink(image, size):
+    """ADM's resize: halve with a box filter while twice too large, then bicubic until the shorter side is `size`."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    return image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.BICUBIC)
+
+
+def centre_crop(image, size):
+    """PIL image -> (size, size, 3) uint8, as ADM prepares ImageNet."""
+    pixels = np.asarray(shrink(image, size))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top:top + size, left:left + size]
+
+
+def random_crop(image, size, rng):
+    """PIL image -> (size, size, 3) uint8: shorter side to `size`, a random place along the longer one, a random flip."""
+    pixels = np.asarray(shrink(image, size))
+    top, left = rng.integers(pixels.shape[0] - size + 1), rng.integers(pixels.shape[1] - size + 1)
+    pixels = pixels[top:top + size, left:left + size]
+    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+
+class ImageFolder:
+    """Images in one sub-folder a class, as in ImageNet (`n01440764/x.JPEG`); sorted folder names give the class ids.
+
+    files: list of (path, class id). Training draws a random crop and flip from (seed, epoch, index), validation the centre.
+    """
+    crops = ["centre", "centre mirrored"]
+
+    def __init__(self, name, files, classes, size, seed, training, skip_bad):
+        self.name, self.classes, self.size, self.seed = name, classes, size, seed
+        self.paths = [path for path, _ in files]
+        self.labels = np.array([label for _, label in files])
+        self.training, self.skip_bad = training, skip_bad
+        listing = "\n".join(f"{os.path.relpath(path, name)} {label}" for path, label in files)
+        self.files = hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def open(self, index):
+        """The picture at `index` and the index it came from: with skip_bad, the next readable one stands in."""
+        for other in range(len(self)):
+            at = (index + other) % len(self)
+            try:
+                return read_image(self.paths[at]), at
+            except InputError as error:
+                if not self.skip_bad:
+                    raise
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        raise InputError(f"{self.name} holds no readable image")
+
+    def read(self, epoch, index):
+        image, at = self.open(index)
+        pixels = (random_crop(image, self.size, generator("crop", self.seed, epoch, index)) if self.training
+                  else centre_crop(image, self.size))
+        return to_tensor(pixels), int(self.labels[at])
+
+    def read_crops(self, index):
+        pixels = to_tensor(centre_crop(self.open(index)[0], self.size))
+        return torch.stack([pixels, pixels.flip(-1)])
+
+
+def to_tensor(pixels):
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def list_folder(folder):
+    """-> sorted class names, list of (path, class id) in a fixed order. InputError if there is nothing to train on."""
+    if not os.path.isdir(folder):
+        raise InputError(f"no such folder: {folder} (--data takes 'shapes' or a folder with one sub-folder a class)")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    files = []
+    for label, name in enumerate(classes):
+        found = [os.path.join(where, file) for where, _, names in os.walk(os.path.join(folder, name)) for file in names
+                 if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")]
+        if not found:
+            raise InputError(f"no images in {os.path.join(folder, name)}: every sub-folder is a class and holds "
+                             f"{', '.join(IMAGE_SUFFIXES)} files")
+        files += [(path, label) for path in sorted(found)]
+    if not classes:
+        raise InputError(f"no images in {folder}: it needs one sub-folder a class, such as {folder}/cats/1.jpg")
+    return classes, files
+
+
+def open_data(data, val_data, size, seed, skip_bad=False, num_pictures=50_000):
+    """--data and --val-data -> training and validation sets.
+
+    `shapes`, or a folder of one sub-folder a class. Without a validation folder every 20th image, at least one, is held out.
+    """
+    if data == "shapes":
+        return Shapes("train", size, seed, num_pictures), Shapes("val", size, seed, 1000)
+    classes, train = list_folder(data)
+    if val_data:
+        names, val = list_folder(val_data)
+        if names != classes:
+            raise InputError(f"{val_data} has other classes than {data}: "
+                             f"{', '.join(sorted(set(names) ^ set(classes))[:5])} in one of them only")
+    else:
+        if len(train) < 2:
+            raise InputError(f"{data} holds a single image; training and validation need one each at least")
+        val = train[19::20] or train[-1:]
+        train = [file for file in train if file not in set(val)]
+    return (ImageFolder(data, train, classes, size, seed, True, skip_bad),
+            ImageFolder(val_data or data, val, classes, size, seed, False, skip_bad))
+
+
+# -----------------------------------------------------------------------------
+# Batches: an endless, shuffled stream that any step can be entered at
+
+def stream_index(n, seed, position):
+    """Place `position` of the endless shuffled stream over n items -> (epoch, index). Every epoch has its own order."""
+    epoch = position // n
+    return epoch, int(epoch_order(n, seed, epoch)[position % n])
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return generator("order", seed, epoch).permutation(n)
+
+
+class BatchKeys:
+    """Batch sampler: for each step from `start` on, this rank's share of the global batch in `accum` micro-batches."""
+
+    def __init__(self, n, seed, batch_size, accum, start, rank, ranks):
+        self.n, self.seed, self.batch_size, self.start = n, seed, batch_size, start
+        self.accum, self.rank, self.ranks = accum, rank, ranks
+
+    def __iter__(self):
+        step, micro = self.start, self.batch_size // self.ranks // self.accum
+        while True:
+            for part in range(self.accum):
+                first = step * self.batch_size + (self.rank * self.accum + part) * micro
+                yield [stream_index(self.n, self.seed, first + k) for k in range(micro)]
+            step += 1
+
+
+class Reader(torch.utils.data.Dataset):
+    """Reads (epoch, index) keys; an unreadable image travels as its error, so that workers can't bury it."""
+
+    def __init__(self, dataset, read):
+        self.dataset, self.read = dataset, read
+
+    def __getitem__(self, key):
+        try:
+            return self.read(*key)
+        except InputError as error:
+            return error
+
+
+def collate(items):
+    for item in items:
+        if isinstance(item, InputError):
+            return item
+    if isinstance(items[0], tuple):
+        images, labels = zip(*items)
+        return torch.stack(images), torch.tensor(labels)
+    return torch.stack(items)
+
+
+def batches(dataset, keys, workers=0, read=None):
+    """Iterate over batches of `read(*key)`, by default (images (B, 3, H, W) uint8, classes (B,)), in the order of `keys`."""
+    loader = DataLoader(Reader(dataset, read or dataset.read), batch_sampler=keys, collate_fn=collate, num_workers=workers,
+                        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def to_float(images, device):
+    """(B, 3, H, W) uint8 -> float in [0, 1] on `device`."""
+    return images.to(device, non_blocking=True).float() / 255
+
+
+# -----------------------------------------------------------------------------
+# Token cache
+
+UNWRITTEN = 65535
+
+
+class TokenCache:
+    """Tokens of a whole data set: `tokens.npy` (images, crops, N) uint16 and `labels.npy` (images,), memory-mapped.
+
+    `cache.json` beside them names what they came from; `open_cache` refuses a cache that came from anything else.
+    """
+
+    def __init__(self, folder):
+        self.tokens = np.load(os.path.join(folder, "tokens.npy"), mmap_mode="r", allow_pickle=False)
+        self.labels = np.load(os.path.join(folder, "labels.npy"), mmap_mode="r", allow_pickle=False)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def batch(self, keys, seed):
+        """Keys (epoch, index) -> tokens (B, N) int64 and classes (B,) int64; each epoch draws one of an image's crops."""
+        epochs, indices = np.array(keys).T
+        crops = self.tokens.shape[1]
+        chosen = [0 if crops == 1 else generator("crop choice", seed, e, i).integers(crops) for e, i in keys]
+        return torch.from_numpy(self.tokens[indices, chosen].astype(np.int64)), torch.from_numpy(self.labels[indices].astype(np.int64))
+
+
+def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
+    """The token cache of `dataset` in `folder`, built by all ranks when it is missing or unfinished.
+
+    Raises InputError when the folder holds a cache of another tokenizer, data set or crop.
+    """
+    config = tokenizer.config
+    if config.codebook_size > UNWRITTEN:
+        raise InputError(f"the token cache holds codebooks of up to {UNWRITTEN} entries, this one has {config.codebook_size}")
+    want = {"tokenizer": tokenizer.fingerprint(), "data": dataset.name, "files": dataset.files, "images": len(dataset),
+            "image_size": config.image_size, "tokens": config.num_tokens, "codebook": config.codebook_size,
+            "crops": dataset.crops}
+    note = os.path.join(folder, "cache.json")
+    rank, ranks = rank_and_count()
+    if not os.path.exists(note) and rank == 0:
+        os.makedirs(folder, exist_ok=True)
+        shape = (len(dataset), len(dataset.crops), config.num_tokens)
+        fresh = np.lib.format.open_memmap(os.path.join(folder, "tokens.npy"), "w+", np.uint16, shape)
+        fresh[:] = UNWRITTEN
+        fresh.flush()
+        np.save(os.path.join(folder, "labels.npy"), dataset.labels.astype(np.int32))
+        write_text(note, json.dumps({**want, "finished": False}, indent=1))
+    barrier()
+    with open(note) as file:
+        found = json.load(file)
+    wrong = [f"{key} {found.get(key)!r}, now {value!r}" for key, value in want.items() if found.get(key) != value]
+    if wrong:
+        raise InputError(f"the token cache in {folder} was made for something else ({'; '.join(wrong)}); "
+                         "delete the folder to build it anew, or name another with --cache")
+    if not found["finished"]:
+        build_cache(folder, dataset, tokenizer, device, workers, batch_size)
+        if rank == 0:
+            write_text(note, json.dumps({**want, "finished": True}, indent=1))
+    barrier()
+    return TokenCache(folder)
+
+
+def build_cache(folder, dataset, tokenizer, device, workers, batch_size):
+    """Encode the rows of tokens.npy that are not written yet, every rank its share."""
+    rank, ranks = rank_and_count()
+    tokens = np.lib.format.open_memmap(os.path.join(folder, "tokens.npy"), "r+")
+    missing = np.concatenate([np.flatnonzero((tokens[at:at + 4096] == UNWRITTEN).any(axis=(1, 2))) + at
+                              for at in range(0, len(tokens), 4096)])
+    barrier()                                 # every rank has the same list before one of them shortens it
+    mine = missing[rank::ranks]
+    crops = tokens.shape[1]
+    rows = [mine[at:at + max(1, batch_size // crops)] for at in range(0, len(mine), max(1, batch_size // crops))]
+    keys = [[(int(index),) for index in part] for part in rows]
+    progress = tqdm(total=len(missing), desc="tokens", unit="img", disable=rank > 0)
+    for part, images in zip(rows, batches(dataset, keys, workers, dataset.read_crops)):
+        ids = tokenizer.encode(to_float(images.flatten(0, 1), device))
+        tokens[part] = ids.view(len(part), crops, -1).cpu().numpy()
+        progress.update(len(part) * ranks)
+    tokens.flush()
+    progress.close()
+
+
+# -----------------------------------------------------------------------------
+# Ranks
+
+def start_ranks(device="auto"):
+    """Join the other ranks when torchrun started this one. -> rank, number of ranks, device."""
+    device = pick_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return *rank_and_count(), device
+
+
+def pick_device(name):
+    """--device: auto, cpu, cuda or mps -> torch.device. InputError when it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there.get(name):
+        raise InputError(f"device {name} is not available here; there is {', '.join(k for k in there if there[k])}")
+    return torch.device(name)
+
+
+def rank_and_count():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_ranks(values):
+    """{name: number} -> the same, averaged over ranks."""
+    if dist.is_initialized():
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64)
+        tensor = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+        dist.all_reduce(tensor)
+        values = dict(zip(values, (tensor / dist.get_world_size()).tolist()))
+    return values
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints, logs and pictures on disk
+
+def replace_file(path, write):
+    """write(file) aside, sync, then rename: whoever reads `path` finds the old content or the new, never half of one."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    aside = f"{path}.tmp"
+    with open(aside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_text(path, text):
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(path, kind, config, model, **more):
+    """Write a checkpoint: its kind ("tokenizer" or "ar"), config dict, state dict, and whatever else belongs to it."""
+    replace_file(path, lambda file: torch.save({"kind": kind, "config": config, "model": model, **more}, file))
+
+
+def load_checkpoint(path, kind):
+    """-> the dict that `save_checkpoint` wrote, on the CPU. InputError for anything but a checkpoint of this kind."""
+    if not os.path.isfile(path):
+        raise InputError(f"no such checkpoint: {path}" + (" (train_tokenizer.py writes it)" if kind == "tokenizer"
+                                                         else " (train_ar.py writes it)"))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} is not a checkpoint that can be loaded safely, or it is damaged ({reason})") from None
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if found != kind:
+        raise InputError(f"{path} is not a checkpoint of kind '{kind}', it holds " +
+                         (f"kind '{found}'" if found else "something this project did not write"))
+    return checkpoint
+
+
+class Log:
+    """`log.jsonl`: one JSON object a line, {"run": ..., "step": ..., ...}. Rank 0 writes; a resumed run drops its lines
+    from beyond the step it goes on from, so the log reads as if nothing had happened."""
+
+    def __init__(self, path, name, step):
+        self.path, self.name = path, name
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if rank_and_count()[0] == 0 and os.path.exists(path):
+            with open(path) as file:
+                lines = [line for line in file if line.endswith("\n")]
+            entries = [json.loads(line) for line in lines]
+            write_text(path, "".join(line for line, entry in zip(lines, entries)
+                                     if entry["run"] != name or entry["step"] <= step))
+
+    def write(self, step, **values):
+        if rank_and_count()[0] == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"run": self.name, "step": step, **values}) + "\n")
+
+
+def save_grid(path, images, columns):
+    """Images (n, 3, H, W) in [0, 1] -> a PNG grid with `columns` pictures a row."""
+    images = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    sheet = torch.full((3, rows * (height + 2) + 2, columns * (width + 2) + 2), 255, dtype=torch.uint8)
+    for k, image in enumerate(images):
+        top, left = 2 + k // columns * (height + 2), 2 + k % columns * (width + 2)
+        sheet[:, top:top + height, left:left + width] = image
+    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    replace_file(path, lambda file: picture.save(file, "PNG"))
+
+
+# -----------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a labelled contact sheet of the built-in pictures: a row a shape, "
+                                                 "a column a colour, backgrounds along the diagonals.")
+    parser.add_argument("--size", type=int, default=96, help="pixels a side")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=["train", "val"], default="train")
+    parser.add_argument("--out", default="shapes.png")
+    args = parser.parse_args()
+    if args.size < 8 or args.seed < 0:
+        raise InputError("--size is at least 8 and --seed at least 0")
+    cell, font = max(args.size, 84), ImageFont.load_default(11)
+    sheet = Image.new("RGB", (10 * (cell + 6), 10 * (args.size + 50)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for shape in range(10):
+        for colour in range(10):
+            label = 100 * shape + 10 * colour + (shape + colour) % 10
+            left, top = colour * (cell + 6) + 3, shape * (args.size + 50) + 3
+            sheet.paste(Image.fromarray(draw_shape(args.seed, args.split, label, args.size)[0]), (left, top))
+            words = f"{label:03d} {SHAPE_CLASSES[label]}".replace(" on", "\non").replace(SHAPES[shape], f"\n{SHAPES[shape]}")
+            pen.multiline_text((left, top + args.size + 1), words, "black", font, spacing=1)
+    replace_file(args.out, lambda file: sheet.save(file, "PNG"))
+    print(f"wrote {args.out}: classes read as shape, colour, background ({args.split} pictures, seed {args.seed})")
+
+
+if __name__ == "__main__":
+    run(main)

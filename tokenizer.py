@@ -1,0 +1,352 @@
+"""The AliTok tokenizer: a picture to N integers and back (arXiv 2506.05289).
+
+Notable:
+- The encoder writes N = g*g + g + 1 latent tokens for a g x g grid of patches: g + 1 prefix tokens, then one a patch.
+- Stage 1 decodes them causally: patch i is painted from tokens <= i alone, and the gradient teaches the encoder to write
+  tokens that depend forward only. The prefix gives the first row, which has no history, something to lean on; its outputs
+  paint an auxiliary strip (the first patch, then the first row) so that it earns its keep.
+- Stage 2 (`swap_decoder`) freezes everything that decides a token id and trains a bidirectional decoder for a crisp picture.
+- Dead codebook entries are brought back by online clustering, whose statistics are shared by all ranks.
+
+Letters in shapes: B images, g patches a side, p pixels a patch, P = g + 1 prefix tokens, N tokens, K codes of D numbers.
+"""
+import hashlib
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import InputError, load_checkpoint
+
+
+@dataclass
+class TokenizerConfig:
+    """Everything that decides the shape of a tokenizer. The defaults are the paper's, for ImageNet at 256 x 256."""
+    image_size: int = 256
+    patch_size: int = 16
+    encoder: str = "bidirectional"   # or "causal": the rule read literally, see `causal_encoder_mask`
+    decoder: str = "causal"          # stage 1; "bidirectional" after the swap
+    encoder_width: int = 768
+    encoder_depth: int = 12
+    decoder_width: int = 1024
+    decoder_depth: int = 24
+    head_dim: int = 64
+    codebook_size: int = 4096
+    codebook_dim: int = 32
+    buffer_tokens: int = 32          # learned tokens in front of the stage-2 decoder; stage 1 has one
+
+    def __post_init__(self):
+        if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
+            raise InputError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
+        if self.codebook_size < 2:
+            raise InputError(f"a codebook needs at least 2 entries, found {self.codebook_size}")
+        for name, choices in (("encoder", ("bidirectional", "causal")), ("decoder", ("causal", "bidirectional"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {' or '.join(choices)}, found {getattr(self, name)!r}")
+        for name in ("encoder_width", "decoder_width"):
+            if getattr(self, name) % self.head_dim:
+                raise InputError(f"{name} {getattr(self, name)} is not a multiple of the head dimension {self.head_dim}")
+
+    @property
+    def grid(self):
+        return self.image_size // self.patch_size
+
+    @property
+    def prefix_tokens(self):
+        return self.grid + 1
+
+    @property
+    def num_tokens(self):
+        return self.grid ** 2 + self.prefix_tokens
+
+
+PRESETS = {
+    # Ours: small enough for two CPU cores, for the built-in pictures.
+    "tiny": dict(image_size=64, patch_size=8, encoder_width=128, encoder_depth=4, decoder_width=160, decoder_depth=4,
+                 head_dim=32, codebook_size=1024, codebook_dim=16, buffer_tokens=8),
+    "imagenet256": dict(),
+}
+
+
+# -----------------------------------------------------------------------------
+# Transformer parts
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens, over the earlier ones (`causal`), or under a boolean mask."""
+
+    def __init__(self, width, head_dim):
+        super().__init__()
+        self.heads = width // head_dim
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, causal=False, mask=None):
+        B, T, C = x.shape
+        q, k, v = self.in_proj(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer block."""
+
+    def __init__(self, width, head_dim):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, head_dim)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+
+    def forward(self, x, causal=False, mask=None):
+        x = x + self.attn(self.ln_1(x), causal, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+def learned(count, width):
+    """Learned tokens or positions, (count, width), of the paper's scale."""
+    return nn.Parameter(torch.randn(count, width) * width ** -0.5)
+
+
+# -----------------------------------------------------------------------------
+# Encoder: picture -> latents
+
+def causal_encoder_mask(grid):
+    """Who may look at whom in a causal encoder: (T, T) bool, T = g*g patches then N latents, True = row sees column.
+
+    A patch sees patches up to itself. A latent sees latents up to itself and patches up to its own; a prefix latent's own
+    patch is the one it paints in the strip (the first patch, then the first row).
+    """
+    patches, prefix = grid ** 2, grid + 1
+    own = torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(grid), torch.arange(patches)])     # (N,)
+    mask = torch.ones(patches + prefix + patches, patches + prefix + patches, dtype=torch.bool).tril()
+    mask[patches:, :patches] = torch.arange(patches) <= own[:, None]
+    return mask
+
+
+class Encoder(nn.Module):
+    """ViT over [patches, learned latent tokens]; only the latents come out: (B, 3, H, W) -> (B, N, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, width = config, config.encoder_width
+        self.patch_embed = nn.Conv2d(3, width, c.patch_size, stride=c.patch_size)
+        self.patch_positions = learned(c.grid ** 2, width)
+        self.latent_tokens = learned(c.num_tokens, width)
+        self.latent_positions = learned(c.num_tokens, width)
+        self.ln_pre = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width, c.head_dim) for _ in range(c.encoder_depth))
+        self.ln_post = nn.LayerNorm(width)
+        self.to_latent = nn.Linear(width, c.codebook_dim)
+        mask = causal_encoder_mask(c.grid) if c.encoder == "causal" else None
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, images):
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.patch_positions           # (B, g*g, C)
+        latents = (self.latent_tokens + self.latent_positions).expand(len(images), -1, -1)             # (B, N, C)
+        x = self.ln_pre(torch.cat([patches, latents.to(patches.dtype)], dim=1))
+        for block in self.blocks:
+            x = block(x, mask=self.mask)
+        return self.to_latent(self.ln_post(x[:, patches.shape[1]:]))
+
+
+# -----------------------------------------------------------------------------
+# Quantizer: latents -> token ids, and the codebook that makes them
+
+class Quantizer(nn.Module):
+    """Nearest codebook entry with a straight-through gradient, and online clustering (CVQ) against dead codes."""
+    COMMITMENT = 0.25
+    DECAY = 0.99
+
+    def __init__(self, size, dim):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.empty(size, dim))
+        self.register_buffer("usage", torch.zeros(size))     # p: running share of the tokens each code receives
+        self.seen = None                                     # what `observe` gathered since the last update
+
+    def forward(self, z):
+        """Latents (B, N, D) -> quantized latents (B, N, D), tokens (B, N) int64, quantizer loss (scalar)."""
+        with torch.autocast(z.device.type, enabled=False):   # distances need float32
+            z = z.float()
+            distances = self.distances(z)
+            tokens = distances.argmin(1).view(z.shape[:2])
+            codes = F.embedding(tokens, self.codebook)
+            loss = F.mse_loss(codes, z.detach()) + self.COMMITMENT * F.mse_loss(z, codes.detach())
+            if self.training and self.codebook.requires_grad:
+                self.observe(z.detach().flatten(0, 1), tokens.flatten(), distances)
+            return z + (codes - z).detach(), tokens, loss
+
+    @torch.no_grad()
+    def distances(self, z):
+        """Squared Euclidean distances of latents (B, N, D) to the codes, up to a constant a latent: (B*N, K)."""
+        return self.codebook.pow(2).sum(1) - 2 * z.flatten(0, 1) @ self.codebook.T
+
+    @torch.no_grad()
+    def observe(self, z, tokens, distances):
+        """Remember how often each code was used and, for each code, the closest latent. z (M, D), distances (M, K)."""
+        counts = torch.bincount(tokens, minlength=len(self.codebook)).float()
+        nearest = (distances + z.pow(2).sum(1, keepdim=True)).min(0)
+        found = (counts, nearest.values, z[nearest.indices])
+        if self.seen is not None:                            # a further micro-batch of the same step
+            closer = nearest.values < self.seen[1]
+            found = (self.seen[0] + counts, torch.where(closer, nearest.values, self.seen[1]),
+                     torch.where(closer[:, None], found[2], self.seen[2]))
+        self.seen = found
+
+    @torch.no_grad()
+    def revive(self):
+        """Once an optimiser step: pull codes that are hardly used onto latents of this batch, over all ranks (CVQ).
+
+        A code used as often as the average one does not move; one that is never used becomes the latent nearest to it.
+        Ranks exchange counts and one candidate a code.
+        """
+        counts, distance, candidate = self.seen
+        self.seen = None
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            offers = torch.cat([distance[:, None], candidate], 1)                                      # (K, 1 + D)
+            gathered = [torch.empty_like(offers) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, offers)
+            gathered = torch.stack(gathered)                                                           # (ranks, K, 1 + D)
+            best = gathered[:, :, 0].argmin(0)
+            candidate = gathered[best, torch.arange(len(best), device=best.device), 1:]
+        self.usage.mul_(self.DECAY).add_(counts / counts.sum(), alpha=1 - self.DECAY)
+        alpha = torch.exp(-self.usage * len(self.codebook) * 10 / (1 - self.DECAY) - 1e-3)
+        self.codebook.lerp_(candidate, alpha[:, None])
+
+    def use(self):
+        """Share of codes in use: those that lately received more than a hundredth of the average code's tokens."""
+        return (self.usage * len(self.codebook) > 0.01).float().mean()
+
+
+# -----------------------------------------------------------------------------
+# Decoder: latents -> picture
+
+class PixelHead(nn.Module):
+    """Each token paints one patch: (B, rows*cols, C) -> (B, 3, rows*p, cols*p) in [0, 1]."""
+
+    def __init__(self, width, patch_size):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(width, patch_size ** 2 * 3)
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, rows, cols):
+        p = self.patch_size
+        x = self.proj(x).view(-1, rows, cols, p, p, 3).permute(0, 5, 1, 3, 2, 4)                       # (B, 3, r, p, c, p)
+        return self.conv(x.reshape(-1, 3, rows * p, cols * p)).sigmoid()
+
+
+class Decoder(nn.Module):
+    """Transformer over [learned tokens, latents]: (B, N, D) -> picture (B, 3, H, W) and the prefix strip, in [0, 1].
+
+    causal (stage 1): one learned token in front, every token sees only earlier ones, and the prefix outputs paint the strip
+    (B, 3, p, (g+1)*p). bidirectional (stage 2): `buffer_tokens` learned tokens in front, no strip (None).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c, width = config, config.decoder_width
+        self.grid, self.prefix = c.grid, c.prefix_tokens
+        self.causal = c.decoder == "causal"
+        self.from_latent = nn.Linear(c.codebook_dim, width)
+        self.buffer_tokens = learned(1 if self.causal else c.buffer_tokens, width)
+        self.positions = learned(len(self.buffer_tokens) + c.num_tokens, width)
+        self.ln_pre = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width, c.head_dim) for _ in range(c.decoder_depth))
+        self.ln_post = nn.LayerNorm(width)
+        self.image_head = PixelHead(width, c.patch_size)
+        self.strip_head = PixelHead(width, c.patch_size) if self.causal else None
+
+    def forward(self, z):
+        x = self.from_latent(z)
+        x = torch.cat([self.buffer_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1) + self.positions
+        x = self.ln_pre(x)
+        for block in self.blocks:
+            x = block(x, causal=self.causal)
+        x = self.ln_post(x[:, len(self.buffer_tokens):])                                               # (B, N, C)
+        image = self.image_head(x[:, self.prefix:], self.grid, self.grid)
+        strip = self.strip_head(x[:, :self.prefix], 1, self.prefix) if self.causal else None
+        return image, strip
+
+
+# -----------------------------------------------------------------------------
+
+class Tokenizer(nn.Module):
+    """Encoder, quantizer and decoder. Images are (B, 3, H, W) floats in [0, 1], tokens (B, N) int64, prefix first."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantizer = Quantizer(config.codebook_size, config.codebook_dim)
+        self.decoder = Decoder(config)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.quantizer.codebook, std=0.02)
+
+    def forward(self, images):
+        """What training needs: picture, strip (None after the swap), quantizer loss, tokens."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.quantizer.codebook.requires_grad):
+            z, tokens, quantizer_loss = self.quantizer(self.encoder(images))
+        image, strip = self.decoder(z)
+        return image, strip, quantizer_loss, tokens
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B, 3, H, W) float in [0, 1] -> tokens (B, N) int64: prefix first, then the patches in raster order."""
+        size = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size) or not images.is_floating_point():
+            raise ValueError(f"encode wants floats (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}")
+        with torch.autocast(images.device.type, enabled=False):
+            z = self.encoder(images).float()
+            return self.quantizer.distances(z).argmin(1).view(z.shape[:2])
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """Tokens (B, N) int64 -> images (B, 3, H, W) float in [0, 1]."""
+        if tokens.ndim != 2 or tokens.shape[1] != self.config.num_tokens:
+            raise ValueError(f"decode wants tokens (B, {self.config.num_tokens}), found {tuple(tokens.shape)}")
+        return self.decoder(F.embedding(tokens, self.quantizer.codebook))[0].float()
+
+    def swap_decoder(self):
+        """Stage 2: a new bidirectional decoder; encoder, latent tokens and codebook are frozen, so token ids stay."""
+        self.config = TokenizerConfig(**{**asdict(self.config), "decoder": "bidirectional"})
+        self.requires_grad_(False)
+        device = self.quantizer.codebook.device
+        self.decoder = Decoder(self.config).apply(init_weights).to(device)
+        return self
+
+    def fingerprint(self):
+        """Sixteen hex digits that name whatever decides a token id: the encoder's weights and mask, and the codebook."""
+        digest = hashlib.sha256(self.config.encoder.encode())
+        for name, value in sorted({**self.encoder.state_dict(), "codebook": self.quantizer.codebook}.items()):
+            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def init_weights(module):
+    """The paper's initialisation: truncated normal 0.02 for linear and conv weights, biases zero."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def load_tokenizer(path, device="cpu"):
+    """The tokenizer of a file that train_tokenizer.py wrote, in eval mode. Raises InputError for any other file."""
+    checkpoint = load_checkpoint(path, "tokenizer")
+    model = Tokenizer(TokenizerConfig(**checkpoint["config"]))
+    if model.config.decoder == "bidirectional":
+        model.requires_grad_(False)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval()

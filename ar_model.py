@@ -1,0 +1,249 @@
+"""The AliTok autoregressive model: the next token of a picture from its class and the tokens before it (arXiv 2506.05289).
+
+Notable:
+- Row t of the output is the distribution of token t; the sequence is [class, token 0 ... token N-1].
+- Rotary positions in one dimension for the prefix and in two (half a head each) for the image.
+- `generate` writes keys and values into a cache of fixed size and paints conditional and null halves in one batch.
+- Sampling inverts the cumulative distribution at one uniform number a token, so an image's randomness is N numbers that
+  `image_uniforms` derives from (seed, image) alone.
+
+Letters in shapes: B images, T tokens so far, N tokens an image, V codes, H heads of D numbers, C = H * D.
+"""
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import InputError, generator, load_checkpoint
+
+
+@dataclass
+class ARConfig:
+    """Shape of the model, and the classifier-free guidance that suits it. The defaults are the paper's B."""
+    codebook_size: int = 4096
+    grid: int = 16               # patches a side; the sequence has grid**2 + grid + 1 tokens
+    num_classes: int = 1000
+    width: int = 768
+    depth: int = 24
+    heads: int = 16
+    dropout: float = 0.1
+    cfg_scale: float = 16.0
+    cfg_power: float = 1.8
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width // self.heads % 4:
+            raise InputError(f"a width of {self.width} over {self.heads} heads gives no head dimension that is a multiple of 4")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is at least 0 and below 1, found {self.dropout}")
+
+    @property
+    def num_tokens(self):
+        return self.grid ** 2 + self.grid + 1
+
+
+PRESETS = {
+    "tiny": dict(width=192, depth=6, heads=6, dropout=0.0, cfg_scale=2.0, cfg_power=0.5),      # ours
+    "B": dict(width=768, depth=24, heads=16, cfg_scale=16.0, cfg_power=1.8),
+    "L": dict(width=1024, depth=24, heads=16, cfg_scale=6.0, cfg_power=0.7),
+    "XL": dict(width=1280, depth=32, heads=16, cfg_scale=13.0, cfg_power=1.4),
+}
+
+
+# -----------------------------------------------------------------------------
+# Rotary positions
+
+def rotary_table(grid, head_dim):
+    """cos and sin of every position's angles, (2, 1 + N, D/2), for [class, prefix, image].
+
+    Class: zeros, so its query and key vanish (released weights rely on it). Prefix token k: position k over the whole head.
+    Image token (r, c): the first half of the head turns by P + r, the second by P + c, P = grid + 1.
+    """
+    def angles(positions, dim):
+        return positions[:, None] / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+    prefix = grid + 1
+    rows, columns = prefix + torch.arange(grid ** 2) // grid, prefix + torch.arange(grid ** 2) % grid
+    image = torch.cat([angles(rows, head_dim // 2), angles(columns, head_dim // 2)], 1)
+    theta = torch.cat([angles(torch.arange(prefix), head_dim), image])
+    table = torch.stack([theta.cos(), theta.sin()])
+    return torch.cat([torch.zeros_like(table[:, :1]), table], 1).float()
+
+
+def rotate(x, table):
+    """Turn the pairs (x0, x1), (x2, x3), ... of x (B, H, T, D) by the angles of table (2, T, D/2)."""
+    cos, sin = table.to(x.dtype)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+# -----------------------------------------------------------------------------
+# Blocks
+
+class Attention(nn.Module):
+    """Causal self-attention with RMS-normalised, rotated queries and keys, and an optional static cache."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.q_norm = nn.RMSNorm(config.width // config.heads, eps=1e-5)
+        self.k_norm = nn.RMSNorm(config.width // config.heads, eps=1e-5)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x, table, cache=None, at=0):
+        """x (B, T, C). With a cache (2, B, H, 1 + N, D), x is the single position `at` and sees the ones before it."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)        # (B, H, T, D) each
+        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        if cache is not None:
+            cache[0, :, :, at:at + 1], cache[1, :, :, at:at + 1] = k, v
+            k, v = cache[0, :, :, :at + 1], cache[1, :, :, :at + 1]
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=cache is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """SwiGLU; the hidden width is 8/3 of the width, rounded up to a multiple of 256."""
+
+    def __init__(self, width):
+        super().__init__()
+        hidden = -(-(8 * width // 3) // 256) * 256
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.width, eps=1e-5)
+        self.attn = Attention(config)
+        self.norm2 = nn.RMSNorm(config.width, eps=1e-5)
+        self.mlp = MLP(config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, table, cache=None, at=0):
+        x = x + self.drop(self.attn(self.norm1(x), table, cache, at))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+# -----------------------------------------------------------------------------
+
+class ARModel(nn.Module):
+    """Classes are (B,) int64; `num_classes` is the null class of classifier-free guidance. Tokens are (B, T) int64."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # rows: V tokens, one unused, the classes, the null class
+        self.embeddings = nn.Embedding(config.codebook_size + 1 + config.num_classes + 1, config.width)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.output = nn.Linear(config.width, config.codebook_size)
+        self.register_buffer("table", rotary_table(config.grid, config.width // config.heads), persistent=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, tokens, classes):
+        """Tokens (B, T), T <= N, and classes (B,) -> logits (B, T + 1, V); row t is the distribution of token t."""
+        if tokens.shape[1] > self.config.num_tokens:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the {self.config.num_tokens} of an image")
+        sequence = torch.cat([self.config.codebook_size + 1 + classes[:, None], tokens], 1)            # (B, 1 + T)
+        x = self.drop(self.embeddings(sequence))
+        for block in self.blocks:
+            x = block(x, self.table[:, :x.shape[1]])
+        return self.output(self.norm(x))
+
+    def step(self, ids, at, caches):
+        """One position of the sequence: embedding rows `ids` (B,) at place `at` -> logits (B, V). Fills the caches."""
+        x = self.embeddings(ids)[:, None]
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, self.table[:, at:at + 1], cache, at)
+        return self.output(self.norm(x))[:, 0]
+
+    @torch.no_grad()
+    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None, top_p=None):
+        """Paint classes (B,) int64 -> tokens (B, N) int64.
+
+        uniforms: (B, N) numbers in [0, 1) that decide every choice, see `image_uniforms`; by default torch's generator
+        draws them. cfg_scale 1 does without guidance and at half the work; None takes the scale and power of the config.
+        """
+        config, device, B = self.config, self.table.device, len(classes)
+        cfg_scale = config.cfg_scale if cfg_scale is None else cfg_scale
+        cfg_power = config.cfg_power if cfg_power is None else cfg_power
+        if uniforms is None:
+            uniforms = torch.rand(B, config.num_tokens, dtype=torch.float64)
+        uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        ids = config.codebook_size + 1 + classes.to(device)
+        if cfg_scale != 1:
+            ids = torch.cat([ids, torch.full_like(ids, config.codebook_size + 1 + config.num_classes)])
+        D = config.width // config.heads
+        caches = torch.zeros(config.depth, 2, len(ids), config.heads, 1 + config.num_tokens, D, device=device,
+                             dtype=self.output.weight.dtype)
+        tokens = torch.empty(B, config.num_tokens, dtype=torch.long, device=device)
+        for t in range(config.num_tokens):
+            logits = self.step(ids, t, caches).float()
+            if cfg_scale != 1:
+                logits = guide(*logits.chunk(2), t, config.num_tokens, cfg_scale, cfg_power)
+            tokens[:, t] = sample_tokens(logits, uniforms[:, t], temperature, top_k, top_p)
+            ids = tokens[:, t] if cfg_scale == 1 else tokens[:, t].repeat(2)
+        return tokens
+
+
+# -----------------------------------------------------------------------------
+# Sampling
+
+def guide(conditional, null, t, num_tokens, scale, power):
+    """Classifier-free guidance of token t: its strength grows from 1 to `scale` along a power-cosine over the image."""
+    strength = 1 + (scale - 1) * (1 - math.cos(math.pi * (t / num_tokens) ** power)) / 2
+    return null + strength * (conditional - null)
+
+
+def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
+    """Logits (B, V) and uniforms (B,) in [0, 1) -> tokens (B,): the first whose cumulative probability exceeds the uniform.
+
+    temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = F.softmax(logits.to(uniforms.dtype) / temperature, -1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = probabilities.topk(top_k).values[:, -1:]
+        probabilities = probabilities.where(probabilities >= smallest, 0)
+    if top_p is not None and top_p < 1:
+        ranked = probabilities / probabilities.sum(-1, keepdim=True)
+        ranked, order = ranked.sort(-1, descending=True)
+        dropped = (ranked.cumsum(-1) - ranked >= top_p).scatter(-1, order, ranked.cumsum(-1) - ranked >= top_p)
+        probabilities = probabilities.where(~dropped, 0)
+    cumulative = probabilities.cumsum(-1)
+    found = torch.searchsorted(cumulative, (uniforms[:, None] * cumulative[:, -1:]).contiguous(), right=True)
+    return found[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+def image_uniforms(seed, images, num_tokens):
+    """The random numbers of images (a list of numbers k): (B, N) float64, a function of (seed, k) alone."""
+    return torch.from_numpy(np.stack([generator("sample", seed, k).random(num_tokens) for k in images]))
+
+
+def load_ar(path, device="cpu"):
+    """The AR model of a file that train_ar.py wrote, in eval mode. Raises InputError for any other file.
+
+    Beside the weights it carries `classes` (names, or None) and `tokenizer` (the fingerprint its tokens belong to).
+    """
+    checkpoint = load_checkpoint(path, "ar")
+    model = ARModel(ARConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    model.classes, model.tokenizer = checkpoint["classes"], checkpoint["tokenizer"]
+    return model.to(device).eval()

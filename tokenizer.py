@@ -36,13 +36,15 @@ class TokenizerConfig:
     codebook_size: int = 4096
     codebook_dim: int = 32
     buffer_tokens: int = 32          # learned tokens in front of the stage-2 decoder; stage 1 has one
+    init: str = "paper"              # or "narrow", see `init_weights`
 
     def __post_init__(self):
         if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
             raise InputError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         if self.codebook_size < 2:
             raise InputError(f"a codebook needs at least 2 entries, found {self.codebook_size}")
-        for name, choices in (("encoder", ("bidirectional", "causal")), ("decoder", ("causal", "bidirectional"))):
+        for name, choices in (("encoder", ("bidirectional", "causal")), ("decoder", ("causal", "bidirectional")),
+                              ("init", ("paper", "narrow"))):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {' or '.join(choices)}, found {getattr(self, name)!r}")
         for name in ("encoder_width", "decoder_width"):
@@ -65,7 +67,7 @@ class TokenizerConfig:
 PRESETS = {
     # Ours: small enough for two CPU cores, for the built-in pictures.
     "tiny": dict(image_size=64, patch_size=8, encoder_width=128, encoder_depth=4, decoder_width=160, decoder_depth=4,
-                 head_dim=32, codebook_size=1024, codebook_dim=16, buffer_tokens=8),
+                 head_dim=32, codebook_size=1024, codebook_dim=16, buffer_tokens=8, init="narrow"),
     "imagenet256": dict(),
 }
 
@@ -292,7 +294,7 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(config)
         self.quantizer = Quantizer(config.codebook_size, config.codebook_dim)
         self.decoder = Decoder(config)
-        self.apply(init_weights)
+        init_weights(self, config.init)
         nn.init.trunc_normal_(self.quantizer.codebook, std=0.02)
 
     def forward(self, images):
@@ -324,7 +326,9 @@ class Tokenizer(nn.Module):
         self.config = TokenizerConfig(**{**asdict(self.config), "decoder": "bidirectional"})
         self.requires_grad_(False)
         device = self.quantizer.codebook.device
-        self.decoder = Decoder(self.config).apply(init_weights).to(device)
+        self.decoder = Decoder(self.config)
+        init_weights(self.decoder, self.config.init)
+        self.decoder.to(device)
         return self
 
     def fingerprint(self):
@@ -335,11 +339,20 @@ class Tokenizer(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def init_weights(module):
-    """The paper's initialisation: truncated normal 0.02 for linear and conv weights, biases zero."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+def init_weights(model, scheme):
+    """paper: truncated normal 0.02 for linear and conv weights, biases zero.
+
+    narrow (ours): the same signal at any width, and the last convolution starts as the identity. From 0.02 it is close to
+    singular: a narrow model paints in grey for thousands of steps, and its latents collapse before the decoder reads them.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            fan_in = module.weight[0].numel()
+            nn.init.trunc_normal_(module.weight, std=0.02 if scheme == "paper" else 0.02 * (768 / fan_in) ** 0.5)
+            nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, PixelHead) and scheme == "narrow":
+            nn.init.dirac_(module.conv.weight)
 
 
 def load_tokenizer(path, device="cpu"):

@@ -1,0 +1,527 @@
+"""Everything that could break, on the CPU, in a few minutes:  python -m pytest test_all.py"""
+import contextlib
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import ar_model
+import data
+import sample
+import train_ar
+import train_tokenizer
+from ar_model import ARConfig, ARModel, image_uniforms, load_ar, sample_tokens
+from data import InputError
+from tokenizer import Tokenizer, TokenizerConfig, causal_encoder_mask, load_tokenizer
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SMALL = dict(image_size=32, patch_size=8, encoder_width=32, encoder_depth=2, decoder_width=32, decoder_depth=2, head_dim=16,
+             codebook_size=64, codebook_dim=8, buffer_tokens=4, init_std=0.1)
+
+
+def small_tokenizer(**changes):
+    torch.manual_seed(0)
+    return Tokenizer(TokenizerConfig(**{**SMALL, **changes})).eval()
+
+
+def small_ar(**changes):
+    torch.manual_seed(0)
+    model = ARModel(ARConfig(**{**dict(codebook_size=64, grid=4, num_classes=10, width=48, depth=2, heads=2, dropout=0.0), **changes}))
+    torch.nn.init.normal_(model.output.weight, std=0.3)       # zero at initialisation, which would hide every difference
+    return model.eval()
+
+
+def command(module, *words):
+    """Run a script's main() as its command line does, in this process. -> exit code, stdout, stderr."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [module.__name__ + ".py", *map(str, words)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            data.run(module.main)
+    except SystemExit as error:
+        code = error.code
+    finally:
+        sys.argv = before
+    return code, out.getvalue(), err.getvalue()
+
+
+def torchrun(ranks, script, *words):
+    port = 20000 + os.getpid() % 20000
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={port}",
+                           os.path.join(HERE, script), *map(str, words)], check=True, capture_output=True, text=True, timeout=300)
+
+
+def log_of(out, run, key):
+    with open(f"{out}/log.jsonl") as file:
+        return [entry[key] for entry in map(json.loads, file) if entry["run"] == run and key in entry]
+
+
+# -----------------------------------------------------------------------------
+# Pictures in
+
+def test_shapes_show_their_class():
+    for label in range(0, 1000, 37):
+        image, found = data.draw_shape(0, "train", label, 64)
+        assert found == label and image.shape == (64, 64, 3) and image.dtype == np.uint8
+        corners = image[[0, 0, -1, -1], [0, -1, 0, -1]].mean(0) / 255          # the shape never reaches two corners
+        assert np.abs(data.GROUNDS - corners).sum(1).argmin() == label % 10
+    areas = [(np.abs(data.draw_shape(1, "train", 100 * shape, 64)[0].astype(int) - data.draw_shape(1, "train", 100 * shape, 64)[0][0, 0])
+              .sum(2) > 100).mean() for shape in range(10)]
+    assert all(0.03 < area < 0.6 for area in areas)
+
+
+def test_shapes_are_a_function_of_seed_split_index():
+    one = data.draw_shape(0, "train", 207, 64)[0]
+    assert (one == data.draw_shape(0, "train", 207, 64)[0]).all()
+    for other in [(1, "train", 207), (0, "val", 207), (0, "train", 1207)]:
+        assert (one != data.draw_shape(*other, 64)[0]).mean() > 0.3
+    large = np.asarray(Image.fromarray(data.draw_shape(0, "train", 207, 256)[0]).resize((64, 64), Image.BOX)).astype(int)
+    assert np.abs(large - one).max() < 25                                      # antialiased: the same picture at any size
+
+
+def test_contact_sheet(tmp_path):
+    code, out, _ = command(data, "--out", tmp_path / "sheet.png", "--size", 48)
+    assert code == 0 and "sheet.png" in out and Image.open(tmp_path / "sheet.png").width > 480
+
+
+def write_images(folder, classes=("cat", "dog"), each=6):
+    """A folder of pictures in mixed formats, modes and sizes: class k is mostly colour k."""
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(classes):
+        os.makedirs(folder / name, exist_ok=True)
+        for n in range(each):
+            pixels = rng.integers(0, 60, (50 + 17 * n, 140 - 13 * n, 3)).astype(np.uint8)
+            pixels[..., k % 3] += 190
+            suffix = ["jpg", "png", "webp", "bmp", "JPEG", "png"][n % 6]
+            Image.fromarray(pixels).save(folder / name / f"{n}.{suffix}")
+    return folder
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    colour = (200, 60, 20)
+    image = Image.new("RGB", (40, 30), colour)
+    for name, made in {"rgb.png": image, "palette.png": image.quantize(8), "cmyk.jpg": image.convert("CMYK"), "web.webp": image,
+                       "bitmap.bmp": image, "photo.jpg": image, "alpha.png": image.convert("RGBA")}.items():
+        made.save(tmp_path / name)
+        found = data.read_image(tmp_path / name)
+        assert found.mode == "RGB" and np.abs(np.asarray(found).reshape(-1, 3).mean(0) - colour).max() < 6, name
+    Image.new("L", (40, 30), 128).save(tmp_path / "grey.png")
+    Image.fromarray(np.full((30, 40), 128 * 257, np.uint16)).save(tmp_path / "grey16.png")
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    for name, value in {"grey.png": 128, "grey16.png": 128, "clear.png": 255}.items():
+        assert (np.asarray(data.read_image(tmp_path / name)) == value).all(), name
+    turned = Image.new("RGB", (40, 30), colour)
+    turned.getexif()[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    assert data.read_image(tmp_path / "turned.jpg").size == (30, 40)
+
+
+def test_crops():
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
+    crop = data.centre_crop(Image.fromarray(ramp), 50)
+    assert crop.shape == (50, 50, 3) and abs(crop[..., 0].mean() - 99.5) < 1 and abs(crop[25, 0, 0] - 51) <= 1
+    crops = [data.random_crop(Image.fromarray(ramp), 50, data.generator("crop", 0, 0, k))[25, :, 0].astype(int) for k in range(40)]
+    assert {np.sign(c[-1] - c[0]) for c in crops} == {-1, 1} and np.ptp([c.min() for c in crops]) > 50
+    for shape in [(1, 1), (1, 500), (500, 3)]:
+        assert data.centre_crop(Image.new("RGB", shape), 32).shape == (32, 32, 3)
+
+
+def test_folder_ids_and_held_out_images(tmp_path):
+    folder = write_images(tmp_path / "train", ("tench", "goldfish", "shark"), 20)
+    train, val = data.open_data(str(folder), None, 32, 0)
+    assert train.classes == ["goldfish", "shark", "tench"]
+    assert len(train) + len(val) == 60 and len(val) == 3 and not set(train.paths) & set(val.paths)
+    assert all(os.path.basename(os.path.dirname(path)) == train.classes[label] for path, label in zip(train.paths, train.labels))
+
+
+def test_batches_do_not_depend_on_ranks_accumulation_or_workers(tmp_path):
+    def keys(ranks, accum, start=0, steps=5):
+        streams = [iter(data.BatchKeys(23, 7, 8, accum, start, rank, ranks)) for rank in range(ranks)]
+        return [[key for stream in streams for _ in range(accum) for key in next(stream)] for _ in range(steps)]
+
+    assert keys(1, 1) == keys(2, 1) == keys(2, 2) == keys(4, 2)
+    assert keys(1, 1)[3:] == keys(1, 1, start=3, steps=2)
+    flat = [key for batch in keys(1, 1, steps=23) for key in batch]
+    assert len(set(flat)) == 23 * 8                                            # every epoch sees every image once
+    train, _ = data.open_data(str(write_images(tmp_path / "train")), None, 32, 0)
+    with_workers, without = ([images for images, _ in itertools.islice(data.batches(
+        train, data.BatchKeys(len(train), 0, 4, 1, 0, 0, 1), workers), 4)] for workers in (2, 0))
+    assert all(torch.equal(a, b) for a, b in zip(with_workers, without))
+
+
+# -----------------------------------------------------------------------------
+# The idea: nobody looks ahead
+
+@pytest.mark.parametrize("first", [0, 1, 4, 5, 6, 12, 20])
+def test_causal_decoder_never_looks_ahead(first):
+    """Changing tokens from `first` on leaves every earlier patch, strip included, unchanged to the bit."""
+    model = small_tokenizer()
+    tokens = torch.randint(64, (3, 21))
+    changed = tokens.clone()
+    changed[:, first:] = (changed[:, first:] + 1 + torch.randint(62, (3, 21 - first))) % 64
+    with torch.no_grad():
+        (image, strip), (image2, strip2) = (model.decoder(model.quantizer.codebook[t]) for t in (tokens, changed))
+    patches = [F.unfold(x, 8, stride=8).transpose(1, 2) for x in (image, image2)]              # (B, 16, 192)
+    strips = [F.unfold(x, 8, stride=8).transpose(1, 2) for x in (strip, strip2)]               # (B, 5, 192)
+    before, after = (torch.cat([s, p], 1) for s, p in zip(strips, patches))                    # in token order
+    assert torch.equal(before[:, :first], after[:, :first])
+    assert (before[:, first:] != after[:, first:]).flatten(2).any(2).all()                     # and the later ones do change
+
+
+@pytest.mark.parametrize("patch", [0, 1, 3, 4, 9, 15])
+def test_causal_encoder_never_looks_ahead(patch):
+    """Changing the pixels of patch j and later leaves every token before j's first token unchanged."""
+    model = small_tokenizer(encoder="causal")
+    images = torch.rand(3, 3, 32, 32)
+    patches = F.unfold(images, 8, stride=8)
+    patches[:, :, patch:] = torch.rand_like(patches[:, :, patch:])
+    changed = F.fold(patches, 32, 8, stride=8)
+    first = 0 if patch == 0 else 1 + patch if patch < 4 else 5 + patch          # the first token that may see the patch
+    with torch.no_grad():
+        a, b = model.encoder(images), model.encoder(changed)
+    assert torch.equal(a[:, :first], b[:, :first]) and (a[:, first:] != b[:, first:]).any(2).all()
+    assert torch.equal(model.encode(images)[:, :first], model.encode(changed)[:, :first])
+    with torch.no_grad():                                                       # the default encoder does look ahead
+        free = small_tokenizer()
+        assert patch == 0 or (free.encoder(images)[:, :first] != free.encoder(changed)[:, :first]).any()
+
+
+def test_encoder_mask_by_hand():
+    """2 x 2 patches: latents are [prefix 0, prefix 1, prefix 2, image 0 .. 3] with patches 0, 0, 1, 0, 1, 2, 3."""
+    mask = causal_encoder_mask(2)
+    assert mask.shape == (11, 11)
+    assert mask[:4, :4].equal(torch.ones(4, 4).tril().bool()) and not mask[:4, 4:].any()
+    assert mask[4:, :4].sum(1).tolist() == [1, 1, 2, 1, 2, 3, 4] and mask[4:, 4:].equal(torch.ones(7, 7).tril().bool())
+
+
+@pytest.mark.parametrize("first", [0, 1, 7, 20])
+def test_ar_model_never_looks_ahead(first):
+    model = small_ar()
+    tokens, classes = torch.randint(64, (2, 21)), torch.tensor([3, 10])
+    changed = tokens.clone()
+    changed[:, first:] = (changed[:, first:] + 1) % 64
+    with torch.no_grad():
+        a, b = model(tokens, classes), model(changed, classes)
+    assert torch.equal(a[:, :first + 1], b[:, :first + 1]) and not torch.equal(a[:, first + 1:], b[:, first + 1:])
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer
+
+def test_quantizer_takes_the_nearest_code_and_passes_gradients():
+    quantizer = small_tokenizer().quantizer
+    z = (torch.randn(2, 21, 8) * 0.03).requires_grad_()
+    codes, tokens, loss = quantizer(z)
+    assert torch.equal(tokens, torch.cdist(z.flatten(0, 1), quantizer.codebook).argmin(1).view(2, 21))
+    assert torch.allclose(codes, quantizer.codebook[tokens])
+    expected = 1.25 * (z - quantizer.codebook[tokens]).pow(2).mean()
+    assert torch.allclose(loss, expected)
+    (codes * torch.arange(8.0)).sum().backward()
+    assert torch.allclose(z.grad, torch.arange(8.0).expand_as(z))
+
+
+def test_dead_codes_come_back():
+    """Codes moved far away get no token and no gradient; clustering brings nearly all of them back within 300 steps."""
+    torch.manual_seed(0)
+    quantizer = small_tokenizer().quantizer.train()
+    centres = torch.randn(64, 8)
+
+    def steps(count):
+        for _ in range(count):
+            quantizer(centres[torch.randint(64, (8, 32))] + 0.1 * torch.randn(8, 32, 8))
+            quantizer.revive()
+        z = centres.repeat(20, 1)[None] + 0.1 * torch.randn(1, 1280, 8)
+        return len(quantizer(z)[1].unique())
+
+    assert steps(300) > 55
+    quantizer.seen = None
+    with torch.no_grad():
+        quantizer.codebook[8:] += 100
+        quantizer.usage[8:] = 1 / 64
+    killed = len(quantizer(centres[None])[1].unique())
+    assert killed <= 8
+    quantizer.seen = None
+    assert steps(10) <= 16                                    # not yet known to be dead
+    assert steps(900) > 55 and quantizer.use() > 0.85
+
+
+def test_clustering_gathers_micro_batches():
+    """Two halves, observed one after the other, revive codes as the whole batch does."""
+    results = []
+    for parts in (1, 2):
+        quantizer = small_tokenizer().quantizer.train()
+        z = torch.randn(4, 21, 8, generator=torch.Generator().manual_seed(1))
+        for part in z.chunk(parts):
+            quantizer(part)
+        quantizer.revive()
+        results.append((quantizer.codebook.detach().clone(), quantizer.usage.clone()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results))
+
+
+def test_swap_keeps_tokens():
+    model = small_tokenizer()
+    images = torch.rand(2, 3, 32, 32)
+    before, tokens, name = model.encoder.state_dict(), model.encode(images), model.fingerprint()
+    before = {key: value.clone() for key, value in before.items()}
+    model.swap_decoder()
+    assert all(torch.equal(value, before[key]) for key, value in model.encoder.state_dict().items())
+    assert torch.equal(model.encode(images), tokens) and model.fingerprint() == name
+    image, strip, _, _ = model.train()(images)
+    assert strip is None and len(model.decoder.buffer_tokens) == 4
+    image.sum().backward()
+    assert all((p.grad is None) != name.startswith("decoder") for name, p in model.named_parameters())
+
+
+def test_full_size_presets_have_the_published_sizes():
+    with torch.device("meta"):
+        tokenizer = Tokenizer(TokenizerConfig(decoder="bidirectional"))
+        assert abs(sum(p.numel() for p in tokenizer.parameters()) - 390e6) < 1e6
+        for name, published in {"B": 177_048_064, "L": 317_851_648, "XL": 662_141_696}.items():
+            assert sum(p.numel() for p in ARModel(ARConfig(**ar_model.PRESETS[name])).parameters()) == published
+
+
+# -----------------------------------------------------------------------------
+# AR model and sampling
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_cached_generation_equals_the_full_forward(scale):
+    """Greedy tokens from the cache, and the logits of every step, are those of the whole sequence."""
+    model, classes = small_ar(), torch.tensor([1, 7, 3])
+    seen = []
+    step = model.step
+    model.step = lambda *args: seen.append(step(*args)) or seen[-1]
+    tokens = model.generate(classes, temperature=0, cfg_scale=scale, cfg_power=0.7)
+    both = classes if scale == 1 else torch.cat([classes, torch.full_like(classes, 10)])
+    with torch.no_grad():
+        logits = model(tokens.repeat(len(both) // 3, 1), both)[:, :-1]
+    assert torch.allclose(torch.stack(seen, 1), logits, atol=1e-4)
+    if scale != 1:
+        logits = torch.stack([ar_model.guide(*logits[:, t].chunk(2), t, 21, scale, 0.7) for t in range(21)], 1)
+    assert torch.equal(logits.argmax(-1), tokens)
+
+
+def test_guidance_grows_along_the_picture():
+    one, zero = torch.ones(1), torch.zeros(1)
+    strengths = [ar_model.guide(one, zero, t, 100, 5.0, 1.0).item() for t in range(100)]
+    assert strengths[0] == 1 and abs(strengths[50] - 3) < 1e-6 and 4.9 < strengths[-1] < 5 and strengths == sorted(strengths)
+
+
+def test_sampling_follows_the_distribution():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    logits, uniforms = probabilities.log().expand(2000, -1), (torch.arange(2000).double() + 0.5) / 2000
+    assert torch.allclose(sample_tokens(logits, uniforms).bincount(minlength=5) / 2000, probabilities, atol=1e-3)
+    assert set(sample_tokens(logits, uniforms, top_k=2).tolist()) == {0, 2}
+    assert set(sample_tokens(logits, uniforms, top_p=0.81).tolist()) == {0, 2, 3}
+    assert set(sample_tokens(logits, uniforms, top_p=0.2).tolist()) == {0}
+    assert set(sample_tokens(logits, uniforms, temperature=0).tolist()) == {0}
+    cold = sample_tokens(logits, uniforms, temperature=0.5).bincount(minlength=5) / 2000
+    assert torch.allclose(cold, probabilities ** 2 / (probabilities ** 2).sum(), atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 1.0}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}])
+def test_image_k_follows_from_seed_and_k_alone(options):
+    model, classes = small_ar(), torch.arange(7) % 10
+    whole = model.generate(classes, image_uniforms(3, range(7), 21), **options)
+    pieces = [model.generate(classes[part], image_uniforms(3, part, 21), **options) for part in ([0, 1, 2], [3, 4, 5, 6])]
+    assert torch.equal(torch.cat(pieces), whole)
+    assert not torch.equal(model.generate(classes, image_uniforms(4, range(7), 21), **options), whole)
+
+
+# -----------------------------------------------------------------------------
+# The scripts, as users run them
+
+TOKENIZER = ["--image-size", 32, "--codebook-size", 256, "--batch-size", 16, "--eval-images", 64]
+AR = ["--steps", 40, "--batch-size", 16, "--num-pictures", 400, "--eval-images", 64]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which the three commands have run, small."""
+    out = tmp_path_factory.mktemp("trained")
+    assert command(train_tokenizer, "--out", out, "--steps", 240, 240, "--eval-every", 240, *TOKENIZER)[0] == 0
+    assert command(train_ar, "--out", out, *AR)[0] == 0
+    return out
+
+
+def test_stage_2_reconstructs_better_on_the_same_tokens(trained):
+    assert log_of(trained, "tokenizer stage 2", "val_psnr")[-1] > log_of(trained, "tokenizer stage 1", "val_psnr")[-1]
+    one, two = (load_tokenizer(trained / f"tokenizer_stage{stage}.pt") for stage in (1, 2))
+    for name, value in one.state_dict().items():
+        assert name.startswith("decoder") or torch.equal(value, two.state_dict()[name]), name
+    images = torch.stack([data.Shapes("val", 32, 0, 64).read(0, k)[0] for k in range(64)]).float() / 255
+    assert torch.equal(one.encode(images), two.encode(images))
+
+
+def test_training_learns_and_writes_what_it_says(trained):
+    first, *_, last = log_of(trained, "tokenizer stage 1", "mse")
+    assert last < 0.6 * first
+    first, *_, last = log_of(trained, "ar", "loss")
+    assert last < first - 0.3
+    for name in ("tokenizer_stage1_000240", "tokenizer_stage2_000240", "ar_000040"):
+        assert Image.open(trained / "pictures" / f"{name}.png").width > 200
+    assert 0 < log_of(trained, "tokenizer stage 1", "codebook_use")[-1] <= 1
+
+
+def test_sample_by_number_and_name(trained):
+    code, out, _ = command(sample, "--out", trained, "--class", 207, "--n", 4)
+    assert code == 0 and "red triangle on rose" in out and Image.open(trained / "class_207.png").size == (70, 70)
+    a = Image.open(trained / "class_207.png").tobytes()
+    code, _, _ = command(sample, "--out", trained, "--class", "red triangle on rose", "--n", 4, "--batch-size", 3, "--png", trained / "b.png")
+    assert code == 0 and Image.open(trained / "b.png").tobytes() == a
+
+
+def test_half_precision_files_hold_the_same_model(trained, tmp_path):
+    code, _, _ = command(train_ar, "--out", tmp_path, "--tokenizer", trained / "tokenizer.pt", *AR, "--save-dtype", "float16")
+    assert code == 0 and os.path.getsize(tmp_path / "ar.pt") < 0.6 * os.path.getsize(trained / "ar.pt")
+    full, half = load_ar(trained / "ar.pt"), load_ar(tmp_path / "ar.pt")
+    assert torch.allclose(full.output.weight, half.output.weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("script", ["train_tokenizer", "train_ar"])
+def test_two_ranks_train_like_one(script, trained, tmp_path):
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        if script == "train_tokenizer":
+            torchrun(ranks, "train_tokenizer.py", "--out", out, "--steps", 20, 20, *TOKENIZER)
+        else:
+            torchrun(ranks, "train_ar.py", "--out", out, "--tokenizer", trained / "tokenizer.pt", *AR)
+    for run, key in ([("tokenizer stage 1", "loss"), ("tokenizer stage 2", "loss"), ("tokenizer stage 1", "codebook_use"),
+                      ("tokenizer stage 2", "val_psnr")] if script == "train_tokenizer" else [("ar", "loss"), ("ar", "val_loss")]):
+        one, two = (log_of(tmp_path / ranks, run, key) for ranks in "12")
+        assert len(one) >= 1 and np.allclose(one, two, rtol=2e-3), (run, key, one, two)
+
+
+def test_two_ranks_paint_like_one(trained):
+    for ranks in (1, 2):
+        torchrun(ranks, "sample.py", "--out", trained, "--class", 1, 2, "--n", 5, "--batch-size", ranks + 1, "--png", trained / f"r{ranks}.png")
+    a, b = (np.asarray(Image.open(trained / f"r{ranks}.png")).astype(int) for ranks in (1, 2))
+    assert np.abs(a - b).max() <= 1
+
+
+@pytest.mark.parametrize("script,state", [("train_tokenizer", "tokenizer_stage1.pt"), ("train_ar", "ar_state.pt")])
+def test_killed_and_resumed_equals_uninterrupted(script, state, trained, tmp_path):
+    words = (["--steps", 60, 1, "--stage", 1, *TOKENIZER] if script == "train_tokenizer" else
+             ["--tokenizer", trained / "tokenizer.pt", *AR, "--dropout", 0.1]) + ["--save-every", 5]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert command({"train_ar": train_ar, "train_tokenizer": train_tokenizer}[script], "--out", whole, *words)[0] == 0
+    call = [sys.executable, os.path.join(HERE, script + ".py"), "--out", str(broken), *map(str, words)]
+    with subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (broken / state).exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    saved = torch.load(broken / state, weights_only=True)["step"]
+    assert saved < torch.load(whole / state, weights_only=True)["step"]
+    code, _, err = command({"train_ar": train_ar, "train_tokenizer": train_tokenizer}[script], "--out", broken, *words, "--resume")
+    assert code == 0, err
+    a, b = (torch.load(folder / state, weights_only=True)["model"] for folder in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (whole / "log.jsonl").read_text() == (broken / "log.jsonl").read_text()
+
+
+def test_token_cache_resumes_and_refuses(trained, tmp_path):
+    tokenizer, shapes = load_tokenizer(trained / "tokenizer.pt"), data.Shapes("train", 32, 0, 100)
+    folder = str(tmp_path / "cache")
+    whole = np.array(data.open_cache(folder, shapes, tokenizer, "cpu").tokens)
+    assert whole.shape == (100, 1, 21) and whole.max() < 256
+    tokens = np.lib.format.open_memmap(folder + "/tokens.npy", "r+")
+    tokens[10:60], tokens[80, 0, 5:] = data.UNWRITTEN, data.UNWRITTEN           # as a kill leaves it
+    tokens.flush()
+    note = json.load(open(folder + "/cache.json"))
+    data.write_text(folder + "/cache.json", json.dumps({**note, "finished": False}))
+    assert (np.array(data.open_cache(folder, shapes, tokenizer, "cpu", batch_size=7).tokens) == whole).all()
+    with pytest.raises(InputError, match="made for something else.*tokenizer"):
+        data.open_cache(folder, shapes, Tokenizer(tokenizer.config), "cpu")
+    with pytest.raises(InputError, match="made for something else"):
+        data.open_cache(folder, data.Shapes("train", 32, 1, 100), tokenizer, "cpu")
+
+
+def test_image_folder_end_to_end(tmp_path):
+    """The three commands on image files in mixed formats and sizes; classes go by folder name."""
+    folder, out = write_images(tmp_path / "photos", ("cat", "dog", "newt"), 8), tmp_path / "out"
+    common = ["--data", folder, "--out", out, "--batch-size", 8, "--eval-images", 8]
+    assert command(train_tokenizer, *common, "--steps", 6, 4, "--image-size", 32, "--codebook-size", 64)[0] == 0
+    assert command(train_ar, *common, "--steps", 4)[0] == 0
+    cache = data.TokenCache(out / "tokens" / "train")
+    assert cache.tokens.shape == (23, 2, 21)                                   # the centre crop and its mirror image
+    code, words, _ = command(sample, "--out", out, "--class", "dog", "0", "--n", 2)
+    assert code == 0 and "1 (dog), 0 (cat)" in words
+
+
+# -----------------------------------------------------------------------------
+# Bad input: one clear line, exit code 2, nothing written
+
+@pytest.fixture
+def bad(tmp_path, trained):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing" / "cat").mkdir(parents=True)
+    (write_images(tmp_path / "broken") / "cat" / "7.jpg").write_text("this is no picture")
+    (tmp_path / "text.pt").write_text("hello")
+    return {"tmp": tmp_path, "trained": trained}
+
+
+@pytest.mark.parametrize("script,words,says", [
+    ("train_tokenizer", "--data {tmp}/nowhere", "no such folder: {tmp}/nowhere"),
+    ("train_tokenizer", "--data {tmp}/empty", "no images in {tmp}/empty"),
+    ("train_tokenizer", "--data {tmp}/nothing", "no images in {tmp}/nothing/cat"),
+    ("train_tokenizer", "--data {tmp}/broken --steps 50 50 --batch-size 4", "{tmp}/broken/cat/7.jpg is not a readable image"),
+    ("train_tokenizer", "--data {tmp}/broken --steps 50 50 --batch-size 4 --workers 2", "{tmp}/broken/cat/7.jpg is not a readable"),
+    ("train_tokenizer", "--image-size 60", "image size 60 is not a multiple of the patch size 8"),
+    ("train_tokenizer", "--batch-size 9 --accum 2", "a batch of 9 can't be shared evenly by 1 ranks in 2 micro-batches"),
+    ("train_tokenizer", "--batch-size 0", "--batch-size is above zero, found 0"),
+    ("train_tokenizer", "--steps 0 5", "--steps takes two numbers above zero"),
+    ("train_tokenizer", "--lr -1", "--lr is above zero, found -1.0"),
+    ("train_tokenizer", "--seed -1", "--seed is at least 0"),
+    ("train_tokenizer", "--encoder sideways", "encoder is bidirectional or causal, found 'sideways'"),
+    ("train_tokenizer", "--stage 2", "no such checkpoint: {tmp}/out/tokenizer_stage1.pt"),
+    ("train_tokenizer", "--device cuda", "device cuda is not available here"),
+    ("train_tokenizer", "--out {trained}", "tokenizer_stage1.pt is there already: --resume"),
+    ("train_tokenizer", "--out {trained} --resume --lr 0.5", "trained with other settings (--lr"),
+    ("train_ar", "", "no such checkpoint: {tmp}/out/tokenizer.pt"),
+    ("train_ar", "--tokenizer {tmp}/text.pt", "text.pt is not a checkpoint that can be loaded safely"),
+    ("train_ar", "--tokenizer {trained}/ar.pt", "ar.pt is not a checkpoint of kind 'tokenizer', it holds kind 'ar'"),
+    ("train_ar", "--out {trained} --resume --batch-size 8", "trained with other settings (--"),
+    ("train_ar", "--tokenizer {trained}/tokenizer.pt --cache {trained}/tokens --num-pictures 300", "made for something else"),
+    ("sample", "--class 1000 --out {trained}", "no class '1000': classes are 0 to 999"),
+    ("sample", "--class -5 --out {trained}", "-5"),
+    ("sample", "--class dodo --out {trained}", "no class 'dodo'"),
+    ("sample", "--class 1 --tokenizer {trained}/ar.pt --ar {trained}/ar.pt", "not a checkpoint of kind 'tokenizer'"),
+    ("sample", "--class 1 --n 0 --out {trained}", "--n is at least 1"),
+    ("sample", "--class 1 --top-p 1.5 --out {trained}", "--top-p is at least 0 and at most 1"),
+    ("data", "--size 0", "--size is at least 8"),
+])
+def test_bad_input(script, words, says, bad):
+    words = words.format(**bad).split()
+    if script != "data" and "--out" not in words:
+        words += ["--out", str(bad["tmp"] / "out")]
+    module = {"train_tokenizer": train_tokenizer, "train_ar": train_ar, "sample": sample, "data": data}[script]
+    code, _, err = command(module, *words)
+    assert code == 2 and says.format(**bad) in err and "Traceback" not in err, err
+    assert not list(bad["tmp"].glob("out/*.pt"))
+
+
+def test_skip_bad_images(bad):
+    code, _, err = command(train_tokenizer, "--data", bad["tmp"] / "broken", "--out", bad["tmp"] / "out", "--steps", 4, 2,
+                           "--image-size", 32, "--batch-size", 8, "--skip-bad-images")
+    assert code == 0 and "skipped: " in err
+
+
+def test_loading_never_runs_code(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    torch.save({"kind": "ar", "config": Hostile()}, tmp_path / "hostile.pt")
+    with pytest.raises(InputError, match="can't be loaded safely|can be loaded safely"):
+        load_ar(tmp_path / "hostile.pt")
+    assert not (tmp_path / "pwned").exists()

@@ -1,0 +1,172 @@
+"""Train the AliTok AR model on the tokens of a trained tokenizer.
+
+    python train_ar.py                                            # finds out/tokenizer.pt, a CPU is enough
+    torchrun --nproc_per_node=8 train_ar.py --preset B --data imagenet/train --val-data imagenet/val
+
+Builds the token cache in --cache when it is missing. Writes to --out: ar_state.pt (training state, --resume goes on from
+it), ar.pt (the finished model), log.jsonl and pictures/.
+"""
+import argparse
+import itertools
+import math
+import os
+import time
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
+from data import InputError
+from tokenizer import load_tokenizer
+from train_tokenizer import (FIXED, add_run_arguments, check_resumed, check_run_arguments, learning_rate, no_sync,
+                             refuse_overwrite, seed_step, wrap)
+
+PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
+RECIPES = {
+    "tiny": dict(steps=4000, batch_size=64, lr=1e-3, final_lr=2e-5, warmup=200),       # ours
+    "B": PAPER, "L": PAPER, "XL": {**PAPER, "steps": 250_000},
+}
+
+
+def drop_classes(classes, keys, probability, seed, null):
+    """Each (epoch, index) of `keys` loses its class with the given probability: classes (B,) -> (B,), `null` where lost."""
+    lost = torch.tensor([data.generator("class dropout", seed, *key).random() < probability for key in keys])
+    return torch.where(lost, null, classes)
+
+
+@torch.no_grad()
+def evaluate(model, cache, args, device, rank, ranks):
+    """Loss in nats a token and token accuracy over the first --eval-images validation images."""
+    model.eval()
+    count = min(len(cache), args.eval_images)
+    sums = {"val_loss": 0.0, "val_accuracy": 0.0}
+    for at in range(rank * 32, count, ranks * 32):
+        tokens, classes = (t.to(device) for t in cache.batch([(0, index) for index in range(at, min(at + 32, count))], args.seed))
+        logits = model(tokens[:, :-1], classes).float()
+        sums["val_loss"] += F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum").item()
+        sums["val_accuracy"] += (logits.argmax(-1) == tokens).sum().item()
+    model.train()
+    return {name: total * ranks / (count * model.config.num_tokens) for name, total in data.mean_over_ranks(sums).items()}
+
+
+def paint_samples(model, tokenizer, path, seed, n=32):
+    """A grid of samples of classes spread over all there are; the same classes and random numbers each time."""
+    model.eval()
+    classes = torch.tensor([k * model.config.num_classes // n for k in range(n)])
+    tokens = model.generate(classes, image_uniforms(seed, range(n), model.config.num_tokens))
+    model.train()
+    data.save_grid(path, tokenizer.decode(tokens), 8)
+
+
+def train(model, tokenizer, train_cache, val_cache, args, rank, ranks, device, classes):
+    path, run, start = f"{args.out}/ar_state.pt", "ar", 0
+    config, fingerprint, null = model.config, tokenizer.fingerprint(), model.config.num_classes
+    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("embeddings")]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.startswith("embeddings")]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
+                                  betas=(0.9, 0.96), weight_decay=0.03, fused=device.type != "mps")
+    if args.resume and os.path.exists(path):
+        state = data.load_checkpoint(path, "ar")
+        check_resumed(path, {**state["args"], **state["config"], "tokenizer": state["tokenizer"]},
+                      argparse.Namespace(**{**vars(args), **asdict(config), "tokenizer": fingerprint}),
+                      FIXED + ["steps", "final_lr", "class_dropout", "tokenizer"] + list(asdict(config)))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    if device.type == "cuda" and not args.no_compile:
+        model.compile()
+    wrapped = wrap(model, ranks, device)
+    log = data.Log(f"{args.out}/log.jsonl", run, start)
+    keys = iter(data.BatchKeys(len(train_cache), args.seed, args.batch_size, args.accum, start, rank, ranks))
+
+    def save(path, step, weights, **more):
+        if rank == 0:
+            data.save_checkpoint(path, "ar", asdict(config), weights, classes=classes, tokenizer=fingerprint, step=step, **more)
+        data.barrier()
+
+    model.train()
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run, disable=rank > 0)
+    began, seen = time.perf_counter(), 0
+    for step in progress:
+        lr = learning_rate(step, args.steps, args.warmup, args.lr, args.final_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        seed_step(args.seed, step, rank)
+        sums = {"loss": 0, "accuracy": 0}
+        for part, batch in enumerate(itertools.islice(keys, args.accum), 1):
+            tokens, labels = train_cache.batch(batch, args.seed)
+            labels = drop_classes(labels, batch, args.class_dropout, args.seed, null).to(device, non_blocking=True)
+            tokens = tokens.to(device, non_blocking=True)
+            with no_sync(wrapped, part < args.accum):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                    logits = wrapped(tokens[:, :-1], labels)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+                (loss / args.accum).backward()
+            sums["loss"] += loss.detach() / args.accum
+            sums["accuracy"] += (logits.argmax(-1) == tokens).float().mean() / args.accum
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += args.batch_size
+
+        done = step + 1
+        if done % 20 == 0 or done == args.steps:
+            values = data.mean_over_ranks({name: value.item() for name, value in sums.items()})
+            speed = seen / (time.perf_counter() - began)
+            progress.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.1%}", img_s=f"{speed:.0f}")
+            log.write(done, **values, lr=lr)
+            began, seen = time.perf_counter(), 0
+        if done % args.eval_every == 0 or done == args.steps:
+            values = evaluate(model, val_cache, args, device, rank, ranks)
+            log.write(done, **values)
+            if rank == 0:
+                paint_samples(model, tokenizer, f"{args.out}/pictures/ar_{done:06d}.png", args.seed)
+                progress.write(f"{run}, step {done}: validation loss {values['val_loss']:.3f} nats a token, "
+                               f"accuracy {values['val_accuracy']:.1%}")
+            data.barrier()
+            began, seen = time.perf_counter(), 0
+        if done % args.save_every == 0 or done == args.steps:
+            save(path, done, model.state_dict(), optimizer=optimizer.state_dict(), args=vars(args))
+    save(f"{args.out}/ar.pt", args.steps, {name: value.to(getattr(torch, args.save_dtype)) for name, value in model.state_dict().items()})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--tokenizer", help="a trained tokenizer (default: tokenizer.pt in --out)")
+    parser.add_argument("--cache", help="folder of the token cache (default: tokens in --out)")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--final-lr", type=float, help="learning rate at the last step")
+    parser.add_argument("--dropout", type=float, help="in place of the preset's")
+    parser.add_argument("--class-dropout", type=float, default=0.1, help="share of pictures that train the null class")
+    add_run_arguments(parser)
+    args = parser.parse_args()
+
+    args.steps = RECIPES[args.preset]["steps"] if args.steps is None else args.steps
+    if args.steps < 1 or not 0 <= args.class_dropout <= 1:
+        raise InputError("--steps is above zero and --class-dropout between 0 and 1, "
+                         f"found {args.steps} and {args.class_dropout}")
+    rank, ranks, device = check_run_arguments(args, RECIPES[args.preset])
+    if not args.resume:
+        refuse_overwrite(f"{args.out}/ar_state.pt")
+    tokenizer = load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device)
+    train_set, val_set = data.open_data(args.data, args.val_data, tokenizer.config.image_size, args.seed, args.skip_bad_images,
+                                        args.num_pictures)
+    cache = args.cache or f"{args.out}/tokens"
+    train_cache = data.open_cache(f"{cache}/train", train_set, tokenizer, device, args.workers)
+    val_cache = data.open_cache(f"{cache}/val", val_set, tokenizer, device, args.workers)
+    changes = {} if args.dropout is None else {"dropout": args.dropout}
+    config = ARConfig(codebook_size=tokenizer.config.codebook_size, grid=tokenizer.config.grid,
+                      num_classes=len(train_set.classes), **{**PRESETS[args.preset], **changes})
+    torch.manual_seed(args.seed)
+    model = ARModel(config).to(device)
+    train(model, tokenizer, train_cache, val_cache, args, rank, ranks, device, train_set.classes)
+    if rank == 0:
+        print(f"wrote {args.out}/ar.pt; next: python sample.py --class 0" + (f" --out {args.out}" if args.out != "out" else ""))
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -185,7 +185,7 @@ class ARModel(nn.Module):
         cfg_power = config.cfg_power if cfg_power is None else cfg_power
         if uniforms is None:
             uniforms = torch.rand(B, config.num_tokens, dtype=torch.float64)
-        uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        uniforms = uniforms.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
         ids = config.codebook_size + 1 + classes.to(device)
         if cfg_scale != 1:
             ids = torch.cat([ids, torch.full_like(ids, config.codebook_size + 1 + config.num_classes)])

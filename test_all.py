@@ -26,7 +26,7 @@ from tokenizer import Tokenizer, TokenizerConfig, causal_encoder_mask, load_toke
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = dict(image_size=32, patch_size=8, encoder_width=32, encoder_depth=2, decoder_width=32, decoder_depth=2, head_dim=16,
-             codebook_size=64, codebook_dim=8, buffer_tokens=4, init_std=0.1)
+             codebook_size=64, codebook_dim=8, buffer_tokens=4, init="narrow")
 
 
 def small_tokenizer(**changes):
@@ -87,7 +87,7 @@ def test_shapes_are_a_function_of_seed_split_index():
     for other in [(1, "train", 207), (0, "val", 207), (0, "train", 1207)]:
         assert (one != data.draw_shape(*other, 64)[0]).mean() > 0.3
     large = np.asarray(Image.fromarray(data.draw_shape(0, "train", 207, 256)[0]).resize((64, 64), Image.BOX)).astype(int)
-    assert np.abs(large - one).max() < 25                                      # antialiased: the same picture at any size
+    assert np.abs(large - one).max() < 40 and np.abs(large - one).mean() < 0.4  # antialiased: the same picture at any size
 
 
 def test_contact_sheet(tmp_path):
@@ -101,7 +101,7 @@ def write_images(folder, classes=("cat", "dog"), each=6):
     for k, name in enumerate(classes):
         os.makedirs(folder / name, exist_ok=True)
         for n in range(each):
-            pixels = rng.integers(0, 60, (50 + 17 * n, 140 - 13 * n, 3)).astype(np.uint8)
+            pixels = rng.integers(0, 60, (50 + 17 * (n % 6), 140 - 13 * (n % 6), 3)).astype(np.uint8)
             pixels[..., k % 3] += 190
             suffix = ["jpg", "png", "webp", "bmp", "JPEG", "png"][n % 6]
             Image.fromarray(pixels).save(folder / name / f"{n}.{suffix}")
@@ -232,28 +232,23 @@ def test_quantizer_takes_the_nearest_code_and_passes_gradients():
 
 
 def test_dead_codes_come_back():
-    """Codes moved far away get no token and no gradient; clustering brings nearly all of them back within 300 steps."""
+    """Codes moved far away get no token; once their running usage has faded, clustering brings them back."""
     torch.manual_seed(0)
     quantizer = small_tokenizer().quantizer.train()
-    centres = torch.randn(64, 8)
 
-    def steps(count):
-        for _ in range(count):
-            quantizer(centres[torch.randint(64, (8, 32))] + 0.1 * torch.randn(8, 32, 8))
+    def used_after(steps):
+        for _ in range(steps):
+            quantizer(torch.randn(8, 32, 8))
             quantizer.revive()
-        z = centres.repeat(20, 1)[None] + 0.1 * torch.randn(1, 1280, 8)
-        return len(quantizer(z)[1].unique())
+        with torch.no_grad():
+            return len(quantizer.eval()(torch.randn(1, 4096, 8))[1].unique()), quantizer.train()
 
-    assert steps(300) > 55
-    quantizer.seen = None
+    assert used_after(100)[0] > 60
     with torch.no_grad():
         quantizer.codebook[8:] += 100
-        quantizer.usage[8:] = 1 / 64
-    killed = len(quantizer(centres[None])[1].unique())
-    assert killed <= 8
-    quantizer.seen = None
-    assert steps(10) <= 16                                    # not yet known to be dead
-    assert steps(900) > 55 and quantizer.use() > 0.85
+    assert used_after(10)[0] <= 10                            # they were in use a moment ago, so they are given time
+    assert quantizer.use() == 1
+    assert used_after(700)[0] > 60
 
 
 def test_clustering_gathers_micro_batches():
@@ -349,7 +344,7 @@ AR = ["--steps", 40, "--batch-size", 16, "--num-pictures", 400, "--eval-images",
 def trained(tmp_path_factory):
     """A folder in which the three commands have run, small."""
     out = tmp_path_factory.mktemp("trained")
-    assert command(train_tokenizer, "--out", out, "--steps", 240, 240, "--eval-every", 240, *TOKENIZER)[0] == 0
+    assert command(train_tokenizer, "--out", out, "--steps", 400, 300, "--eval-every", 300, *TOKENIZER)[0] == 0
     assert command(train_ar, "--out", out, *AR)[0] == 0
     return out
 
@@ -368,7 +363,7 @@ def test_training_learns_and_writes_what_it_says(trained):
     assert last < 0.6 * first
     first, *_, last = log_of(trained, "ar", "loss")
     assert last < first - 0.3
-    for name in ("tokenizer_stage1_000240", "tokenizer_stage2_000240", "ar_000040"):
+    for name in ("tokenizer_stage1_000400", "tokenizer_stage2_000300", "ar_000040"):
         assert Image.open(trained / "pictures" / f"{name}.png").width > 200
     assert 0 < log_of(trained, "tokenizer stage 1", "codebook_use")[-1] <= 1
 

@@ -66,8 +66,8 @@ class TokenizerConfig:
 
 PRESETS = {
     # Ours: small enough for two CPU cores, for the built-in pictures.
-    "tiny": dict(image_size=64, patch_size=8, encoder_width=128, encoder_depth=4, decoder_width=160, decoder_depth=4,
-                 head_dim=32, codebook_size=1024, codebook_dim=16, buffer_tokens=8, init="narrow"),
+    "tiny": dict(image_size=64, patch_size=8, encoder_width=96, encoder_depth=3, decoder_width=128, decoder_depth=4,
+                 head_dim=32, codebook_size=1024, codebook_dim=8, buffer_tokens=8, init="narrow"),
     "imagenet256": dict(),
 }
 
@@ -176,6 +176,7 @@ class Quantizer(nn.Module):
         self.codebook = nn.Parameter(torch.empty(size, dim))
         self.register_buffer("usage", torch.zeros(size))     # p: running share of the tokens each code receives
         self.seen = None                                     # what `observe` gathered since the last update
+        self.blend = 1.0                                     # in training: 0 passes latents as they are, 1 quantizes them
 
     def forward(self, z):
         """Latents (B, N, D) -> quantized latents (B, N, D), tokens (B, N) int64, quantizer loss (scalar)."""
@@ -184,10 +185,11 @@ class Quantizer(nn.Module):
             distances = self.distances(z)
             tokens = distances.argmin(1).view(z.shape[:2])
             codes = F.embedding(tokens, self.codebook)
-            loss = F.mse_loss(codes, z.detach()) + self.COMMITMENT * F.mse_loss(z, codes.detach())
+            blend = self.blend if self.training else 1.0
+            loss = F.mse_loss(codes, z.detach()) + blend * self.COMMITMENT * F.mse_loss(z, codes.detach())
             if self.training and self.codebook.requires_grad:
                 self.observe(z.detach().flatten(0, 1), tokens.flatten(), distances)
-            return z + (codes - z).detach(), tokens, loss
+            return z + blend * (codes - z).detach(), tokens, loss
 
     @torch.no_grad()
     def distances(self, z):
@@ -295,7 +297,7 @@ class Tokenizer(nn.Module):
         self.quantizer = Quantizer(config.codebook_size, config.codebook_dim)
         self.decoder = Decoder(config)
         init_weights(self, config.init)
-        nn.init.trunc_normal_(self.quantizer.codebook, std=0.02)
+        nn.init.trunc_normal_(self.quantizer.codebook, std=0.02 if config.init == "paper" else 0.5)
 
     def forward(self, images):
         """What training needs: picture, strip (None after the swap), quantizer loss, tokens."""
@@ -342,8 +344,8 @@ class Tokenizer(nn.Module):
 def init_weights(model, scheme):
     """paper: truncated normal 0.02 for linear and conv weights, biases zero.
 
-    narrow (ours): the same signal at any width, and the last convolution starts as the identity. From 0.02 it is close to
-    singular: a narrow model paints in grey for thousands of steps, and its latents collapse before the decoder reads them.
+    narrow (ours): the same signal at any width, and the last convolution starts as the identity; from 0.02 it is close to
+    singular, and a small model paints in grey for thousands of steps. The codebook starts as wide as the latents.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -74,7 +74,7 @@ def rotary_table(grid, head_dim):
 
 def rotate(x, table):
     """Turn the pairs (x0, x1), (x2, x3), ... of x (B, H, T, D) by the angles of table (2, T, D/2)."""
-    cos, sin = table.to(x.dtype)
+    cos, sin = table                          # float32, and so is the product: bfloat16 would blur the positions
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 

@@ -10,14 +10,14 @@ Notable:
 Letters in shapes: B images, T tokens so far, N tokens an image, V codes, H heads of D numbers, C = H * D.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, generator, load_checkpoint
+from data import InputError, fill, generator, load_checkpoint
 
 
 @dataclass
@@ -237,13 +237,33 @@ def image_uniforms(seed, images, num_tokens):
     return torch.from_numpy(np.stack([generator("sample", seed, k).random(num_tokens) for k in images]))
 
 
-def load_ar(path, device="cpu"):
-    """The AR model of a file that train_ar.py wrote, in eval mode. Raises InputError for any other file.
+# -----------------------------------------------------------------------------
+# Checkpoints
 
-    Beside the weights it carries `classes` (names, or None) and `tokenizer` (the fingerprint its tokens belong to).
+def from_released(state):
+    """A released state dict (alitok_{b,l,xl}.bin), whose names are ours -> a checkpoint of ours. None if it is none."""
+    needed = ("output.weight", "embeddings.weight", "blocks.0.attn.q_norm.weight")
+    if not all(name in state for name in needed):
+        return None
+    output, rows, q_norm = (state[name] for name in needed)
+    (codes, width), depth = output.shape, len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    guidance = next((p for p in PRESETS.values() if (p["width"], p["depth"]) == (width, depth)), {"cfg_scale": 1.0, "cfg_power": 1.0})
+    config = ARConfig(codebook_size=codes, num_classes=len(rows) - codes - 2, width=width, depth=depth, heads=width // len(q_norm),
+                      cfg_scale=guidance["cfg_scale"], cfg_power=guidance["cfg_power"])
+    return {"config": asdict(config), "model": state, "classes": None, "tokenizer": None}
+
+
+def load_ar(path, device="cpu", grid=None):
+    """The AR model of a file that train_ar.py wrote, or of a released one, in eval mode. InputError for any other file.
+
+    grid: patches a side of its tokenizer, for released files, which do not tell (16 unless given). Beside the weights the
+    model carries `classes` (names, or None) and `tokenizer` (the fingerprint its tokens belong to, None if unknown).
     """
-    checkpoint = load_checkpoint(path, "ar")
-    model = ARModel(ARConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
+    checkpoint = load_checkpoint(path, "ar", from_released)
+    config = checkpoint["config"]
+    if checkpoint["tokenizer"] is None and grid:
+        config["grid"] = grid
+    model = ARModel(ARConfig(**config))
+    fill(model, checkpoint["model"], path)
     model.classes, model.tokenizer = checkpoint["classes"], checkpoint["tokenizer"]
     return model.to(device).eval()

@@ -15,7 +15,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
+import zipfile
 import zlib
 
 import numpy as np
@@ -491,21 +493,51 @@ def save_checkpoint(path, kind, config, model, **more):
     replace_file(path, lambda file: torch.save({"kind": kind, "config": config, "model": model, **more}, file))
 
 
-def load_checkpoint(path, kind):
-    """-> the dict that `save_checkpoint` wrote, on the CPU. InputError for anything but a checkpoint of this kind."""
+def load_checkpoint(path, kind, convert=lambda state: None):
+    """-> the dict that `save_checkpoint` wrote, on the CPU. InputError for anything but a checkpoint of this kind.
+
+    convert: turns the content of a file this project did not write into such a dict, or returns None.
+    """
     if not os.path.isfile(path):
         raise InputError(f"no such checkpoint: {path}" + (" (train_tokenizer.py writes it)" if kind == "tokenizer"
                                                          else " (train_ar.py writes it)"))
+    whole = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        if not whole and file.read(4) == b"PK\x03\x04":
+            raise InputError(f"{path} is incomplete ({os.path.getsize(path):,} bytes); download or copy it again")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
+    except Exception as error:                # pickle, zip and torch each have their own kinds
+        code = re.search(r"Unsupported (?:global|class|operand|instruction).*?([\w.]+\.\w+)", str(error))
+        reason = f"loading it would run code: {code[1]}" if code else str(error).strip().splitlines()[0]
         raise InputError(f"{path} is not a checkpoint that can be loaded safely, or it is damaged ({reason})") from None
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if found is None and isinstance(checkpoint, dict):
+        converted = convert(checkpoint)
+        if converted:
+            return converted
     if found != kind:
         raise InputError(f"{path} is not a checkpoint of kind '{kind}', it holds " +
-                         (f"kind '{found}'" if found else "something this project did not write"))
+                         (f"kind '{found}'" if found else "something this project does not know"))
     return checkpoint
+
+
+def fill(model, state, path):
+    """load_state_dict, but a missing, unexpected or misshapen tensor is an InputError that lists them."""
+    own = model.state_dict()
+    wrong = ([f"{name} is missing" for name in own if name not in state] +
+             [f"{name} is unexpected" for name in state if name not in own] +
+             [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in own
+              if name in state and state[name].shape != own[name].shape])
+    if wrong:
+        raise InputError(f"{path} does not fit the model: {'; '.join(wrong[:20])}" +
+                         (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""))
+    model.load_state_dict(state)
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 class Log:

@@ -2,11 +2,14 @@
 
     python sample.py --class 207                    # with out/tokenizer.pt and out/ar.pt, else with the demo in weights/
     python sample.py --class tench 12 --n 8 --seed 3 --cfg-scale 4
+    torchrun --nproc_per_node=8 sample.py --npz samples.npz --num-images 50000
 
 Picture k of a command is a function of (seed, k) alone: neither the batch size nor the number of ranks changes it.
 """
 import argparse
+import json
 import os
+import shutil
 
 import numpy as np
 import torch
@@ -42,34 +45,85 @@ def class_id(word, model):
         f", or names such as {', '.join(map(repr, close or names[:3]))}" if names else ""))
 
 
-def paint(model, tokenizer, classes, args, device):
-    """Classes of pictures 0 .. n-1 -> tokens (n, N) int64 and images (n, 3, H, W) uint8 on the CPU, the same on every rank."""
+def paint(model, tokenizer, pictures, args, device):
+    """Paint this rank's share of `pictures`, a list of (number k, class id), batch by batch.
+
+    Yields numbers (list), tokens (B, N) int64 and images (B, 3, H, W) uint8 on the CPU.
+    """
     rank, ranks = data.rank_and_count()
-    mine = list(range(rank, len(classes), ranks))
-    N, size = model.config.num_tokens, tokenizer.config.image_size
-    tokens = torch.zeros(len(classes), N, dtype=torch.long)
-    images = torch.zeros(len(classes), 3, size, size, dtype=torch.uint8)
-    progress = tqdm(total=len(classes), desc="painting", unit="img", disable=rank > 0)
+    mine = pictures[rank::ranks]
+    progress = tqdm(total=len(pictures), desc="painting", unit="img", disable=rank > 0)
     for at in range(0, len(mine), args.batch_size):
-        part = mine[at:at + args.batch_size]
+        numbers, classes = zip(*mine[at:at + args.batch_size])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            found = model.generate(torch.tensor([classes[k] for k in part]), image_uniforms(args.seed, part, N), args.cfg_scale,
-                                   args.cfg_power, args.temperature, args.top_k, args.top_p)
-            tokens[part] = found.cpu()
-            images[part] = (tokenizer.decode(found) * 255).round().byte().cpu()
-        progress.update(min(len(part) * ranks, len(classes) - progress.n))
+            tokens = model.generate(torch.tensor(classes), image_uniforms(args.seed, numbers, model.config.num_tokens),
+                                    args.cfg_scale, args.cfg_power, args.temperature, args.top_k, args.top_p)
+            images = (tokenizer.decode(tokens) * 255).round().byte()
+        yield list(numbers), tokens.cpu(), images.cpu()
+        progress.update(min(len(numbers) * ranks, len(pictures) - progress.n))
     progress.close()
+
+
+def paint_grid(model, tokenizer, ids, args, device):
+    """--n pictures of each class in `ids`: one PNG grid. -> its path."""
+    size = tokenizer.config.image_size
+    pictures = [(k, label) for k, label in enumerate(label for label in ids for _ in range(args.n))]
+    images = torch.zeros(len(pictures), 3, size, size, dtype=torch.uint8)
+    for numbers, _, painted in paint(model, tokenizer, pictures, args, device):
+        images[numbers] = painted
     if dist.is_initialized():                 # every picture was painted by one rank and is zero on the others
-        for tensor in (tokens, images):
-            shared = tensor.to(device)
-            dist.all_reduce(shared)
-            tensor.copy_(shared)
-    return tokens, images
+        shared = images.to(device)
+        dist.all_reduce(shared)
+        images = shared.cpu()
+    path = args.png or os.path.join(args.out, f"class_{'_'.join(map(str, ids[:8]))}.png")
+    if data.rank_and_count()[0] == 0:
+        data.save_grid(path, images / 255, args.n if len(ids) > 1 else max(1, round(args.n ** 0.5)))
+    return path
+
+
+def paint_npz(model, tokenizer, args, device, settings):
+    """--num-images pictures, equally many a class in class order, into an .npz that ADM's evaluator reads (`arr_0`).
+
+    They gather in a memory-mapped file in the folder <npz>.part, from where an interrupted run goes on. `settings` is what
+    the pictures depend on; a folder that was painted with others is refused.
+    """
+    rank, n, size, classes = data.rank_and_count()[0], args.num_images, tokenizer.config.image_size, model.config.num_classes
+    if os.path.exists(args.npz):
+        raise InputError(f"{args.npz} is there already; name another file or remove it")
+    if n % classes:
+        raise InputError(f"--num-images {n} is not a multiple of the {classes} classes; choose {max(1, n // classes) * classes}")
+    part = args.npz + ".part"
+    note, paths = os.path.join(part, "settings.json"), [os.path.join(part, name) for name in ("images.npy", "done.npy")]
+    if rank == 0 and not os.path.exists(note):
+        os.makedirs(part, exist_ok=True)
+        np.lib.format.open_memmap(paths[0], "w+", np.uint8, (n, size, size, 3)).flush()
+        np.lib.format.open_memmap(paths[1], "w+", np.uint8, (n,)).flush()
+        data.write_text(note, json.dumps(settings))
+    data.barrier()
+    with open(note) as file:
+        found = json.load(file)
+    changed = [f"{key} {found.get(key)}, now {value}" for key, value in settings.items() if found.get(key) != value]
+    if changed:
+        raise InputError(f"{part} holds pictures painted with other settings ({'; '.join(changed)}); "
+                         "go on with the old ones, or remove it")
+    images, done = (np.lib.format.open_memmap(path, "r+") for path in paths)
+    pictures = [(int(k), int(k) * classes // n) for k in np.flatnonzero(done == 0)]
+    data.barrier()                            # every rank has the same list before one of them shortens it
+    for numbers, _, painted in paint(model, tokenizer, pictures, args, device):
+        images[numbers] = painted.permute(0, 2, 3, 1).numpy()
+        images.flush()                        # a picture is on disk before it counts as done
+        done[numbers] = 1
+    done.flush()
+    data.barrier()
+    if rank == 0:
+        data.replace_file(args.npz, lambda file: np.savez(file, arr_0=images))
+        shutil.rmtree(part)
+    return args.npz
 
 
 def check(args):
-    for name, low, high in (("n", 1, None), ("seed", 0, None), ("batch_size", 1, None), ("cfg_scale", 0, None),
-                            ("cfg_power", 0, None), ("temperature", 0, None), ("top_k", 1, None), ("top_p", 0, 1)):
+    for name, low, high in (("n", 1, None), ("num_images", 1, None), ("seed", 0, None), ("batch_size", 1, None),
+                            ("cfg_scale", 0, None), ("cfg_power", 0, None), ("temperature", 0, None), ("top_k", 1, None), ("top_p", 0, 1)):
         value = getattr(args, name)
         if value is not None and not (low <= value <= (np.inf if high is None else high)):
             raise InputError(f"--{name.replace('_', '-')} is at least {low}" + (f" and at most {high}" if high else "")
@@ -78,7 +132,10 @@ def check(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--class", dest="classes", nargs="+", required=True, metavar="CLASS", help="numbers or names")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="paint a grid of these, numbers or names")
+    what.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py and ADM's evaluator")
+    parser.add_argument("--num-images", type=int, default=50_000, help="pictures in the .npz, over all classes")
     parser.add_argument("--n", type=int, default=16, help="pictures of each class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg-scale", type=float, help="strength of guidance at the last token; 1 is none (default: the model's)")
@@ -99,17 +156,22 @@ def main():
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     paths = find_weights(args)
-    tokenizer, model = load_tokenizer(paths[0], device), load_ar(paths[1], device)
-    if model.tokenizer != tokenizer.fingerprint():
+    tokenizer = load_tokenizer(paths[0], device)
+    model = load_ar(paths[1], device, tokenizer.config.grid)
+    if (model.config.codebook_size, model.config.grid) != (tokenizer.config.codebook_size, tokenizer.config.grid) or (
+            model.tokenizer and model.tokenizer != tokenizer.fingerprint()):
         raise InputError(f"{paths[1]} was trained on the tokens of another tokenizer than {paths[0]}")
-    ids = [class_id(word, model) for word in args.classes]
-    _, images = paint(model, tokenizer, [k for k in ids for _ in range(args.n)], args, device)
+    if args.npz:
+        settings = {name: getattr(args, name) for name in ("num_images", "seed", "cfg_scale", "cfg_power", "temperature",
+                                                           "top_k", "top_p", "dtype")}
+        settings |= {"tokenizer": data.file_digest(paths[0]), "ar": data.file_digest(paths[1])}
+        path, what = paint_npz(model, tokenizer, args, device, settings), f"{args.num_images} pictures"
+    else:
+        ids = [class_id(word, model) for word in args.classes]
+        path = paint_grid(model, tokenizer, ids, args, device)
+        what = ", ".join(f"{k} ({model.classes[k]})" if model.classes else str(k) for k in ids[:8])
     if rank == 0:
-        names = [model.classes[k] if model.classes else str(k) for k in ids]
-        path = args.png or os.path.join(args.out, f"class_{'_'.join(map(str, ids[:8]))}.png")
-        columns = args.n if len(ids) > 1 else max(1, round(args.n ** 0.5))
-        data.save_grid(path, images / 255, columns)
-        print(f"painted {', '.join(f'{k} ({name})' for k, name in zip(ids[:8], names))} with {paths[1]}: {path}")
+        print(f"painted {what} with {paths[1]}: {path}")
 
 
 if __name__ == "__main__":

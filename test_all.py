@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -287,6 +288,138 @@ def test_full_size_presets_have_the_published_sizes():
 
 
 # -----------------------------------------------------------------------------
+# Released checkpoints: weights that anyone can rebuild, and what the authors' code makes of them
+
+RELEASED_TOKENIZER = ("latent_tokens 21,64 encoder.positional_embedding 16,64 encoder.latent_token_positional_embedding 21,64 "
+                      "encoder.patch_embed.weight 64,3,16,16 encoder.patch_embed.bias 64 encoder.ln_pre.weight 64 "
+                      "encoder.ln_pre.bias 64 encoder.ln_post.weight 64 encoder.ln_post.bias 64 encoder.conv_out.weight 16,64,1,1 "
+                      "encoder.conv_out.bias 16 quantize.embedding.weight 64,16 decoder.decoder_embed.weight 128,16 "
+                      "decoder.decoder_embed.bias 128 decoder.ln_pre.weight 128 decoder.ln_pre.bias 128 decoder.ln_post.weight 128 "
+                      "decoder.ln_post.bias 128 decoder.ffn.0.weight 768,128,1,1 decoder.ffn.0.bias 768 "
+                      "decoder.conv_out.weight 3,3,1,1 decoder.conv_out.bias 3 ")
+RELEASED_STAGE = {1: "decoder.class_embedding 1,128 decoder.latent_token_positional_embedding 22,128 decoder.ffn_aux.0.weight "
+                     "768,128,1,1 decoder.ffn_aux.0.bias 768 decoder.conv_out_aux.weight 3,3,1,1 decoder.conv_out_aux.bias 3",
+                  2: "decoder.class_embedding 32,128 decoder.latent_token_positional_embedding 53,128"}
+RELEASED_BLOCK = ("ln_1.weight 1 ln_1.bias 1 attn.in_proj.weight 3,1 attn.in_proj.bias 3 attn.out_proj.weight 1,1 attn.out_proj.bias 1 "
+                  "ln_2.weight 1 ln_2.bias 1 mlp.c_fc.weight 4,1 mlp.c_fc.bias 4 mlp.c_proj.weight 1,4 mlp.c_proj.bias 1")
+RELEASED_AR = "embeddings.weight 76,96 norm.weight 96 output.weight 64,96 output.bias 64"
+RELEASED_AR_BLOCK = ("norm1.weight 96 attn.qkv.weight 288,96 attn.qkv.bias 288 attn.q_norm.weight 48 attn.k_norm.weight 48 "
+                     "attn.proj.weight 96,96 attn.proj.bias 96 norm2.weight 96 mlp.w1.weight 256,96 mlp.w3.weight 256,96 "
+                     "mlp.w2.weight 96,256")
+
+
+def shapes(text, prefix="", scale=1):
+    words = text.split()
+    return {prefix + name: tuple(int(n) * scale for n in shape.split(",")) for name, shape in zip(words[::2], words[1::2])}
+
+
+def rebuild(name, shape):
+    """A weight that follows from its name and shape alone."""
+    w = np.random.RandomState(zlib.crc32(f"0/{name}".encode())).standard_normal(shape)
+    if "embedding" not in name and "latent_tokens" not in name:
+        w = (w * np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else w / np.sqrt(shape[1]) if len(shape) == 2 else
+             1 + 0.1 * w if name.endswith("weight") else 0.1 * w)
+    return torch.from_numpy(np.asarray(w, np.float32))
+
+
+def released_tokenizer(stage):
+    found = shapes(RELEASED_TOKENIZER + RELEASED_STAGE[stage])
+    for part, width in (("encoder", 64), ("decoder", 128)):
+        for block in range(2):
+            found |= shapes(RELEASED_BLOCK, f"{part}.transformer.{block}.", width)
+    return {name: rebuild("tok/" + name, shape) for name, shape in found.items()}
+
+
+def released_ar():
+    found = shapes(RELEASED_AR) | shapes(RELEASED_AR_BLOCK, "blocks.0.") | shapes(RELEASED_AR_BLOCK, "blocks.1.")
+    return {name: rebuild("ar/" + name, shape) for name, shape in found.items()}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("released")
+    torch.save({"model_state": released_tokenizer(1), "step": 5}, folder / "stage1.pth")
+    torch.save(released_tokenizer(2), folder / "AliTok.pth")
+    torch.save(released_ar(), folder / "alitok.bin")
+    return folder
+
+
+# What the authors' code computed from these weights, for these tokens and classes.
+TOKENS = [10, 53, 1, 35, 1, 35, 17, 55, 32, 1, 1, 18, 34, 46, 10, 46, 54, 0, 29, 53, 24]
+IDS = [44, 34, 29, 9, 25, 13, 18, 51, 44, 52, 58, 31, 63, 23, 26, 21, 51, 12, 56, 22, 23]
+
+
+def near(found, expected):
+    assert np.allclose(found, expected, atol=3e-5), (found, expected)
+
+
+def test_released_tokenizer_decodes_as_the_authors_code(released):
+    one, two = load_tokenizer(released / "stage1.pth"), load_tokenizer(released / "AliTok.pth")
+    assert one.config.decoder == "causal" and two.config.decoder == "bidirectional"
+    assert (two.config.image_size, two.config.patch_size, two.config.buffer_tokens) == (64, 16, 32)
+    with torch.no_grad():
+        image, strip = one.decoder(one.quantizer.codebook[torch.tensor([TOKENS])])
+    near(image[0, 1, ::13, 5], [0.39297, 0.1761, 0.32305, 0.56659, 0.01472])
+    near(strip[0, 0, 7, ::16], [0.36142, 0.66845, 0.3732, 0.34959, 0.38617])
+    near(two.decode(torch.tensor([TOKENS]))[0, 2, ::13, 40], [0.19103, 0.49124, 0.46226, 0.64453, 0.19848])
+
+
+def test_released_encoder(released):
+    """The numbers are ours, taken when this encoder agreed with the authors' on an image that is too large to keep here."""
+    model, ramp = load_tokenizer(released / "AliTok.pth"), torch.linspace(0, 1, 64)
+    image = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, ramp[:, None] * ramp * 0.5 + 0.25])[None]
+    with torch.no_grad():
+        near(model.encoder(image)[0, ::5, 3], [-1.19955, 0.88384, 0.08973, 0.083, 0.14676])
+    assert model.encode(image).tolist() == [TOKENS[:7] + [34] + TOKENS[8:19] + [10, 24]]
+
+
+def test_released_ar_model(released):
+    model = load_ar(released / "alitok.bin", grid=4)
+    assert (model.config.heads, model.config.num_classes, model.config.depth) == (2, 10, 2)
+    with torch.no_grad():
+        rows = [model(torch.tensor([IDS]), torch.tensor([label]))[0, :-1] for label in (9, 10)]
+    guided = torch.stack([ar_model.guide(rows[0][t], rows[1][t], t, 21, 5.0, 1.3) for t in range(21)])
+    near(rows[0][::5, 17], [1.33625, 1.11961, -0.65183, 2.94142, 0.13733])
+    near(rows[1][::5, 17], [-1.92443, 1.40302, -0.83471, 2.87064, 0.01246])
+    near(guided[::5, 17], [1.33625, 1.05389, -0.41946, 3.14554, 0.63216])
+
+
+def test_released_pair_paints(released, tmp_path):
+    code, out, err = command(sample, "--class", 3, "--n", 2, "--tokenizer", released / "AliTok.pth", "--ar", released / "alitok.bin",
+                             "--png", tmp_path / "x.png")
+    assert code == 0 and Image.open(tmp_path / "x.png").width > 64, err
+
+
+@pytest.mark.parametrize("change,says", [
+    (lambda s: s.pop("encoder.ln_pre.bias"), "encoder.ln_pre.bias is missing"),
+    (lambda s: s.update(extra=torch.zeros(3)), "extra is unexpected"),
+    (lambda s: s.update({"decoder.ln_post.bias": torch.zeros(5)}), r"decoder.ln_post.bias is \(5,\), not \(128,\)"),
+])
+def test_every_released_tensor_is_accounted_for(change, says, tmp_path):
+    state = released_tokenizer(2)
+    change(state)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="does not fit the model.*" + says):
+        load_tokenizer(tmp_path / "x.pth")
+
+
+def test_half_downloaded_file_says_so(released, tmp_path):
+    whole = (released / "alitok.bin").read_bytes()
+    (tmp_path / "half.bin").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(InputError, match="is incomplete"):
+        load_ar(tmp_path / "half.bin")
+
+
+def test_guidance_follows_the_size_of_a_released_model():
+    with torch.device("meta"):
+        for name, guidance in {"B": (16, 1.8), "L": (6, 0.7), "XL": (13, 1.4)}.items():
+            state = ARModel(ARConfig(**ar_model.PRESETS[name])).state_dict()
+            config = ar_model.from_released(state)["config"]
+            assert (config["cfg_scale"], config["cfg_power"]) == guidance and config["heads"] == 16
+            assert (config["num_classes"], config["codebook_size"]) == (1000, 4096)
+
+
+# -----------------------------------------------------------------------------
 # AR model and sampling
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -404,6 +537,32 @@ def test_two_ranks_paint_like_one(trained):
     assert np.abs(a - b).max() <= 1
 
 
+def test_npz_of_every_class_resumes(trained, tmp_path):
+    words = ["--out", trained, "--num-images", 1000, "--batch-size", 250, "--temperature", 0.7]
+    path = tmp_path / "samples.npz"
+    call = [sys.executable, os.path.join(HERE, "sample.py"), "--npz", str(path), *map(str, words)]
+    with subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        done = tmp_path / "samples.npz.part" / "done.npy"
+        while process.poll() is None and not (done.exists() and done.stat().st_size > 1000 and np.load(done, mmap_mode="r").any()):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not path.exists()
+    before = int(np.load(done).sum())
+    assert 0 < before < 1000
+    code, _, err = command(sample, "--npz", path, *words, "--seed", 1)
+    assert code == 2 and "painted with other settings (seed 0, now 1)" in err
+    code, _, err = command(sample, "--npz", path, *words)
+    assert code == 0 and f"/{1000 - before}" in err and not done.exists()
+    images = np.load(path, allow_pickle=False)["arr_0"]
+    assert images.shape == (1000, 32, 32, 3) and images.dtype == np.uint8 and images.std((1, 2, 3)).min() > 0
+    model, tokenizer = load_ar(trained / "ar.pt"), load_tokenizer(trained / "tokenizer.pt")
+    numbers = [0, 207, 999]                                                    # one a class: picture k shows class k
+    tokens = model.generate(torch.tensor(numbers), image_uniforms(0, numbers, 21), temperature=0.7)
+    expected = (tokenizer.decode(tokens) * 255).round().byte().permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(images[numbers] - expected).max() <= 1
+    assert command(sample, "--npz", path, *words)[0] == 2                      # never painted over
+
+
 @pytest.mark.parametrize("script,state", [("train_tokenizer", "tokenizer_stage1.pt"), ("train_ar", "ar_state.pt")])
 def test_killed_and_resumed_equals_uninterrupted(script, state, trained, tmp_path):
     words = (["--steps", 60, 1, "--stage", 1, *TOKENIZER] if script == "train_tokenizer" else
@@ -485,13 +644,14 @@ def bad(tmp_path, trained):
     ("train_ar", "", "no such checkpoint: {tmp}/out/tokenizer.pt"),
     ("train_ar", "--tokenizer {tmp}/text.pt", "text.pt is not a checkpoint that can be loaded safely"),
     ("train_ar", "--tokenizer {trained}/ar.pt", "ar.pt is not a checkpoint of kind 'tokenizer', it holds kind 'ar'"),
-    ("train_ar", "--out {trained} --resume --batch-size 8", "trained with other settings (--"),
+    ("train_ar", "--out {trained} --resume --num-pictures 400 --batch-size 8", "trained with other settings (--"),
     ("train_ar", "--tokenizer {trained}/tokenizer.pt --cache {trained}/tokens --num-pictures 300", "made for something else"),
     ("sample", "--class 1000 --out {trained}", "no class '1000': classes are 0 to 999"),
     ("sample", "--class -5 --out {trained}", "-5"),
     ("sample", "--class dodo --out {trained}", "no class 'dodo'"),
     ("sample", "--class 1 --tokenizer {trained}/ar.pt --ar {trained}/ar.pt", "not a checkpoint of kind 'tokenizer'"),
     ("sample", "--class 1 --n 0 --out {trained}", "--n is at least 1"),
+    ("sample", "--npz {tmp}/x.npz --num-images 1500 --out {trained}", "not a multiple of the 1000 classes; choose 1000"),
     ("sample", "--class 1 --top-p 1.5 --out {trained}", "--top-p is at least 0 and at most 1"),
     ("data", "--size 0", "--size is at least 8"),
 ])

@@ -11,6 +11,7 @@ Notable:
 Letters in shapes: B images, g patches a side, p pixels a patch, P = g + 1 prefix tokens, N tokens, K codes of D numbers.
 """
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, load_checkpoint
+from data import InputError, fill, load_checkpoint
 
 
 @dataclass
@@ -357,11 +358,64 @@ def init_weights(model, scheme):
             nn.init.dirac_(module.conv.weight)
 
 
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+# What the released AliTok.pth calls its parts, and what they are called here.
+RELEASED_NAMES = {
+    "latent_tokens": "encoder.latent_tokens",
+    "encoder.positional_embedding": "encoder.patch_positions",
+    "encoder.latent_token_positional_embedding": "encoder.latent_positions",
+    "encoder.conv_out": "encoder.to_latent",
+    "quantize.embedding.weight": "quantizer.codebook",
+    "decoder.decoder_embed": "decoder.from_latent",
+    "decoder.class_embedding": "decoder.buffer_tokens",
+    "decoder.latent_token_positional_embedding": "decoder.positions",
+    "decoder.ffn.0": "decoder.image_head.proj",
+    "decoder.conv_out": "decoder.image_head.conv",
+    "decoder.ffn_aux.0": "decoder.strip_head.proj",
+    "decoder.conv_out_aux": "decoder.strip_head.conv",
+    "encoder.transformer": "encoder.blocks",
+    "decoder.transformer": "decoder.blocks",
+}
+
+
+def from_released(state):
+    """A released state dict, or a stage-1 training checkpoint that keeps one under `model_state` -> a checkpoint of ours.
+
+    Widths, depths, codebook, tokens and patch come from the shapes. None if this is no such file.
+    """
+    state = state.get("model_state", state)
+    if "quantize.embedding.weight" not in state or "encoder.patch_embed.weight" not in state:
+        return None
+    renamed = {}
+    for name, value in state.items():
+        for theirs, ours in RELEASED_NAMES.items():
+            if name == theirs or name.startswith(theirs + "."):
+                name = ours + name[len(theirs):]
+                break
+        if name in ("encoder.to_latent.weight", "decoder.image_head.proj.weight", "decoder.strip_head.proj.weight"):
+            value = value.flatten(1)                         # a 1 x 1 convolution there, a linear layer here
+        renamed[name] = value
+    codes, dim = renamed["quantizer.codebook"].shape
+    width, _, patch, _ = renamed["encoder.patch_embed.weight"].shape
+    buffer, decoder_width = renamed["decoder.buffer_tokens"].shape
+    depths = {part: len({name.split(".")[2] for name in renamed if name.startswith(part + ".blocks.")}) for part in ("encoder", "decoder")}
+    config = TokenizerConfig(image_size=math.isqrt(len(renamed["encoder.patch_positions"])) * patch, patch_size=patch,
+                             decoder="causal" if "decoder.strip_head.proj.weight" in renamed else "bidirectional",
+                             encoder_width=width, encoder_depth=depths["encoder"], decoder_width=decoder_width,
+                             decoder_depth=depths["decoder"], codebook_size=codes, codebook_dim=dim)
+    if config.decoder == "bidirectional":
+        config.buffer_tokens = buffer
+    renamed.setdefault("quantizer.usage", torch.zeros(codes))
+    return {"config": asdict(config), "model": renamed}
+
+
 def load_tokenizer(path, device="cpu"):
-    """The tokenizer of a file that train_tokenizer.py wrote, in eval mode. Raises InputError for any other file."""
-    checkpoint = load_checkpoint(path, "tokenizer")
+    """The tokenizer of a file that train_tokenizer.py wrote, or of a released one, in eval mode. InputError for others."""
+    checkpoint = load_checkpoint(path, "tokenizer", from_released)
     model = Tokenizer(TokenizerConfig(**checkpoint["config"]))
     if model.config.decoder == "bidirectional":
         model.requires_grad_(False)
-    model.load_state_dict(checkpoint["model"])
+    fill(model, checkpoint["model"], path)
     return model.to(device).eval()

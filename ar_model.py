@@ -246,10 +246,11 @@ def from_released(state):
     if not all(name in state for name in needed):
         return None
     output, rows, q_norm = (state[name] for name in needed)
-    (codes, width), depth = output.shape, len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    guidance = next((p for p in PRESETS.values() if (p["width"], p["depth"]) == (width, depth)), {"cfg_scale": 1.0, "cfg_power": 1.0})
-    config = ARConfig(codebook_size=codes, num_classes=len(rows) - codes - 2, width=width, depth=depth, heads=width // len(q_norm),
-                      cfg_scale=guidance["cfg_scale"], cfg_power=guidance["cfg_power"])
+    codes, width = output.shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    preset = next((p for p in PRESETS.values() if (p["width"], p["depth"]) == (width, depth)), {})
+    config = ARConfig(codebook_size=codes, num_classes=len(rows) - codes - 2, width=width, depth=depth,
+                      heads=width // len(q_norm), cfg_scale=preset.get("cfg_scale", 1.0), cfg_power=preset.get("cfg_power", 1.0))
     return {"config": asdict(config), "model": state, "classes": None, "tokenizer": None}
 
 

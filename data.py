@@ -50,6 +50,19 @@ def generator(stream, *ids):
     return np.random.default_rng([zlib.crc32(stream.encode()), *ids])
 
 
+def key_uniforms(stream, seed, keys):
+    """One number in [0, 1) a key, for many at once: keys (B, 2) of (epoch, index) -> (B,) float64, by splitmix64."""
+    words = np.asarray(keys, np.uint64).T
+    state = np.full(words.shape[1], zlib.crc32(stream.encode()) << 32 ^ seed, np.uint64)
+    with np.errstate(over="ignore"):          # 64-bit arithmetic that wraps
+        for word in words:
+            state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+            state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)) * 2.0 ** -53
+
+
 # -----------------------------------------------------------------------------
 # Built-in pictures: class = 100 * shape + 10 * colour + background
 
@@ -362,10 +375,10 @@ class TokenCache:
 
     def batch(self, keys, seed):
         """Keys (epoch, index) -> tokens (B, N) int64 and classes (B,) int64; each epoch draws one of an image's crops."""
-        epochs, indices = np.array(keys).T
-        crops = self.tokens.shape[1]
-        chosen = [0 if crops == 1 else generator("crop choice", seed, e, i).integers(crops) for e, i in keys]
-        return torch.from_numpy(self.tokens[indices, chosen].astype(np.int64)), torch.from_numpy(self.labels[indices].astype(np.int64))
+        indices = np.array(keys)[:, 1]
+        chosen = (key_uniforms("crop choice", seed, keys) * self.tokens.shape[1]).astype(np.int64)
+        return (torch.from_numpy(self.tokens[indices, chosen].astype(np.int64)),
+                torch.from_numpy(self.labels[indices].astype(np.int64)))
 
 
 def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):

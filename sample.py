@@ -121,13 +121,17 @@ def paint_npz(model, tokenizer, args, device, settings):
     return args.npz
 
 
+LEAST = {"n": 1, "num_images": 1, "batch_size": 1, "top_k": 1,
+         "seed": 0, "cfg_scale": 0, "cfg_power": 0, "temperature": 0, "top_p": 0}
+
+
 def check(args):
-    for name, low, high in (("n", 1, None), ("num_images", 1, None), ("seed", 0, None), ("batch_size", 1, None),
-                            ("cfg_scale", 0, None), ("cfg_power", 0, None), ("temperature", 0, None), ("top_k", 1, None), ("top_p", 0, 1)):
+    for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and not (low <= value <= (np.inf if high is None else high)):
-            raise InputError(f"--{name.replace('_', '-')} is at least {low}" + (f" and at most {high}" if high else "")
-                             + f", found {value}")
+        if value is not None and not least <= value < np.inf:
+            raise InputError(f"--{name.replace('_', '-')} is at least {least}, found {value}")
+    if args.top_p is not None and args.top_p > 1:
+        raise InputError(f"--top-p is at most 1, found {args.top_p}")
 
 
 def main():
@@ -138,7 +142,7 @@ def main():
     parser.add_argument("--num-images", type=int, default=50_000, help="pictures in the .npz, over all classes")
     parser.add_argument("--n", type=int, default=16, help="pictures of each class")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cfg-scale", type=float, help="strength of guidance at the last token; 1 is none (default: the model's)")
+    parser.add_argument("--cfg-scale", type=float, help="guidance at the last token; 1 is none (default: the model's)")
     parser.add_argument("--cfg-power", type=float, help="above 1 guidance comes late, below early (default: the model's)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")

@@ -161,6 +161,14 @@ def test_batches_do_not_depend_on_ranks_accumulation_or_workers(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(with_workers, without))
 
 
+def test_key_uniforms_are_uniform_and_of_each_key_alone():
+    keys = [(epoch, index) for epoch in range(20) for index in range(500)]
+    found = data.key_uniforms("test", 0, keys)
+    assert found[777] == data.key_uniforms("test", 0, keys[777:778])[0] != data.key_uniforms("test", 1, keys[777:778])[0]
+    assert np.abs(np.histogram(found, 10, (0, 1))[0] - 1000).max() < 120
+    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.03 and abs(np.corrcoef(found[:500], found[500:1000])[0, 1]) < 0.12
+
+
 # -----------------------------------------------------------------------------
 # The idea: nobody looks ahead
 
@@ -652,7 +660,7 @@ def bad(tmp_path, trained):
     ("sample", "--class 1 --tokenizer {trained}/ar.pt --ar {trained}/ar.pt", "not a checkpoint of kind 'tokenizer'"),
     ("sample", "--class 1 --n 0 --out {trained}", "--n is at least 1"),
     ("sample", "--npz {tmp}/x.npz --num-images 1500 --out {trained}", "not a multiple of the 1000 classes; choose 1000"),
-    ("sample", "--class 1 --top-p 1.5 --out {trained}", "--top-p is at least 0 and at most 1"),
+    ("sample", "--class 1 --top-p 1.5 --out {trained}", "--top-p is at most 1, found 1.5"),
     ("data", "--size 0", "--size is at least 8"),
 ])
 def test_bad_input(script, words, says, bad):

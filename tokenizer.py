@@ -400,7 +400,8 @@ def from_released(state):
     codes, dim = renamed["quantizer.codebook"].shape
     width, _, patch, _ = renamed["encoder.patch_embed.weight"].shape
     buffer, decoder_width = renamed["decoder.buffer_tokens"].shape
-    depths = {part: len({name.split(".")[2] for name in renamed if name.startswith(part + ".blocks.")}) for part in ("encoder", "decoder")}
+    depths = {part: len({name.split(".")[2] for name in renamed if name.startswith(part + ".blocks.")})
+              for part in ("encoder", "decoder")}
     config = TokenizerConfig(image_size=math.isqrt(len(renamed["encoder.patch_positions"])) * patch, patch_size=patch,
                              decoder="causal" if "decoder.strip_head.proj.weight" in renamed else "bidirectional",
                              encoder_width=width, encoder_depth=depths["encoder"], decoder_width=decoder_width,

@@ -26,14 +26,14 @@ from train_tokenizer import (FIXED, add_run_arguments, check_resumed, check_run_
 
 PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
 RECIPES = {
-    "tiny": dict(steps=4000, batch_size=64, lr=1e-3, final_lr=2e-5, warmup=200),       # ours
+    "tiny": dict(steps=2500, batch_size=32, lr=1e-3, final_lr=1e-5, warmup=100),       # ours
     "B": PAPER, "L": PAPER, "XL": {**PAPER, "steps": 250_000},
 }
 
 
 def drop_classes(classes, keys, probability, seed, null):
     """Each (epoch, index) of `keys` loses its class with the given probability: classes (B,) -> (B,), `null` where lost."""
-    lost = torch.tensor([data.generator("class dropout", seed, *key).random() < probability for key in keys])
+    lost = torch.from_numpy(data.key_uniforms("class dropout", seed, keys) < probability)
     return torch.where(lost, null, classes)
 
 
@@ -130,7 +130,8 @@ def train(model, tokenizer, train_cache, val_cache, args, rank, ranks, device, c
             began, seen = time.perf_counter(), 0
         if done % args.save_every == 0 or done == args.steps:
             save(path, done, model.state_dict(), optimizer=optimizer.state_dict(), args=vars(args))
-    save(f"{args.out}/ar.pt", args.steps, {name: value.to(getattr(torch, args.save_dtype)) for name, value in model.state_dict().items()})
+    dtype = getattr(torch, args.save_dtype)
+    save(f"{args.out}/ar.pt", args.steps, {name: value.to(dtype) for name, value in model.state_dict().items()})
 
 
 def main():

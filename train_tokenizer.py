@@ -35,6 +35,8 @@ RECIPES = {
                         quantizer_weight=1.0, blend=(0.0, 0.0)),
 }
 
+CHANGES = ("encoder", "image_size", "patch_size", "codebook_size")      # flags that replace a preset's value
+
 
 # -----------------------------------------------------------------------------
 # Helpers that train_ar.py shares
@@ -186,9 +188,9 @@ def train_stage(stage, model, train, val, args, device, rank, ranks):
     path, run = f"{args.out}/tokenizer_stage{stage}.pt", f"tokenizer stage {stage}"
     config, steps, start = model.config, args.steps[stage - 1], 0
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1]},
-                                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}],
-                                  lr=args.lr, betas=args.betas, weight_decay=1e-4, fused=device.type != "mps")   # betas, decay: ours
+    groups = [{"params": [p for p in parameters if p.ndim > 1]},
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=1e-4, fused=device.type != "mps")  # decay: ours
     if args.resume and os.path.exists(path):
         state = data.load_checkpoint(path, "tokenizer")
         check_resumed(path, {**state["args"], **state["config"]}, argparse.Namespace(**{**vars(args), **asdict(config)}),
@@ -263,7 +265,7 @@ def main():
     parser.add_argument("--stage", choices=["1", "2", "both"], default="both")
     parser.add_argument("--steps", type=int, nargs=2, metavar=("STAGE1", "STAGE2"), help="steps of the two stages")
     parser.add_argument("--final-lr", type=float, help="learning rate at the last step")
-    for name in ("encoder", "image_size", "patch_size", "codebook_size"):
+    for name in CHANGES:
         kind = str if name == "encoder" else int
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"in place of the preset's {name.replace('_', ' ')}"
                             + (": bidirectional or causal" if kind is str else ""))
@@ -274,7 +276,7 @@ def main():
     if min(args.steps) < 1:
         raise InputError(f"--steps takes two numbers above zero, found {args.steps[0]} {args.steps[1]}")
     args.steps = list(args.steps)
-    changes = {name: getattr(args, name) for name in ("encoder", "image_size", "patch_size", "codebook_size") if getattr(args, name)}
+    changes = {name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None}
     config = TokenizerConfig(**{**PRESETS[args.preset], **changes})
     rank, ranks, device = check_run_arguments(args, RECIPES[args.preset])
     train, val = data.open_data(args.data, args.val_data, config.image_size, args.seed, args.skip_bad_images, args.num_pictures)

@@ -316,6 +316,12 @@ class BatchKeys:
             step += 1
 
 
+def spread(n, count):
+    """`count` indices, or all if there are fewer, evenly over 0 .. n-1: a subset that sees every class of a sorted set."""
+    count = min(n, count)
+    return [k * n // count for k in range(count)]
+
+
 class Reader(torch.utils.data.Dataset):
     """Reads (epoch, index) keys; an unreadable image travels as its error, so that workers can't bury it."""
 

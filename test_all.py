@@ -240,24 +240,28 @@ def test_quantizer_takes_the_nearest_code_and_passes_gradients():
     assert torch.allclose(z.grad, torch.arange(8.0).expand_as(z))
 
 
-def test_dead_codes_come_back():
-    """Codes moved far away get no token; once their running usage has faded, clustering brings them back."""
+@pytest.mark.parametrize("usage,grace,steps", [(0.0, 0, 300), (1 / 64, 300, 1000)])
+def test_dead_codes_come_back(usage, grace, steps):
+    """Codes moved where no latent is get no token. Clustering brings them back once their running usage has faded."""
     torch.manual_seed(0)
     quantizer = small_tokenizer().quantizer.train()
+    optimizer = torch.optim.Adam([quantizer.codebook], 1e-2)
 
     def used_after(steps):
         for _ in range(steps):
-            quantizer(torch.randn(8, 32, 8))
+            optimizer.zero_grad()
+            quantizer(torch.randn(8, 32, 8))[2].backward()
+            optimizer.step()
             quantizer.revive()
         with torch.no_grad():
-            return len(quantizer.eval()(torch.randn(1, 4096, 8))[1].unique()), quantizer.train()
+            return len(quantizer.distances(torch.randn(1, 4096, 8)).argmin(1).unique())
 
-    assert used_after(100)[0] > 60
+    assert used_after(300) > 60 and quantizer.use() > 0.95
     with torch.no_grad():
         quantizer.codebook[8:] += 100
-    assert used_after(10)[0] <= 10                            # they were in use a moment ago, so they are given time
-    assert quantizer.use() == 1
-    assert used_after(700)[0] > 60
+        quantizer.usage[8:] = usage
+    assert used_after(grace) <= 8                             # codes in use a moment ago are given time
+    assert used_after(steps) > 60 and quantizer.use() > 0.95
 
 
 def test_clustering_gathers_micro_batches():

@@ -39,17 +39,17 @@ def drop_classes(classes, keys, probability, seed, null):
 
 @torch.no_grad()
 def evaluate(model, cache, args, device, rank, ranks):
-    """Loss in nats a token and token accuracy over the first --eval-images validation images."""
+    """Loss in nats a token and token accuracy over --eval-images validation images."""
     model.eval()
-    count = min(len(cache), args.eval_images)
+    keys = [(0, index) for index in data.spread(len(cache), args.eval_images)]
     sums = {"val_loss": 0.0, "val_accuracy": 0.0}
-    for at in range(rank * 32, count, ranks * 32):
-        tokens, classes = (t.to(device) for t in cache.batch([(0, index) for index in range(at, min(at + 32, count))], args.seed))
+    for at in range(rank * 32, len(keys), ranks * 32):
+        tokens, classes = (t.to(device) for t in cache.batch(keys[at:at + 32], args.seed))
         logits = model(tokens[:, :-1], classes).float()
         sums["val_loss"] += F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum").item()
         sums["val_accuracy"] += (logits.argmax(-1) == tokens).sum().item()
     model.train()
-    return {name: total * ranks / (count * model.config.num_tokens) for name, total in data.mean_over_ranks(sums).items()}
+    return {name: total * ranks / (len(keys) * model.config.num_tokens) for name, total in data.mean_over_ranks(sums).items()}
 
 
 def paint_samples(model, tokenizer, path, seed, n=32):

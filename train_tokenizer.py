@@ -164,20 +164,19 @@ def psnr(a, b):
 
 @torch.no_grad()
 def evaluate(model, val, args, device, rank, ranks, picture):
-    """Mean PSNR in dB over the first --eval-images validation images; draws originals over reconstructions."""
+    """Mean PSNR in dB over --eval-images validation images; draws eight originals over their reconstructions."""
     model.eval()
-    count = min(len(val), args.eval_images)
-    keys = [[(0, index) for index in range(at, min(at + 32, count))] for at in range(0, count, 32)]
-    total, rows = 0.0, []
-    for images, _ in data.batches(val, keys[rank::ranks]):
+    keys = [(0, index) for index in data.spread(len(val), args.eval_images)]
+    total = 0.0
+    for images, _ in data.batches(val, [keys[at:at + 32] for at in range(rank * 32, len(keys), ranks * 32)]):
         images = data.to_float(images, device)
-        output = model.decode(model.encode(images))
-        total += psnr(output, images).sum().item()
-        rows = rows or [images[:8], output[:8]]
-    model.train()
+        total += psnr(model.decode(model.encode(images)), images).sum().item()
     if rank == 0:
-        data.save_grid(picture, torch.cat(rows), len(rows[0]))
-    return ranks * data.mean_over_ranks({"psnr": total})["psnr"] / count
+        shown = [min(index + k, len(val) - 1) for k, index in enumerate(data.spread(len(val), 8))]
+        images = data.to_float(torch.stack([val.read(0, index)[0] for index in shown]), device)
+        data.save_grid(picture, torch.cat([images, model.decode(model.encode(images))]), len(images))
+    model.train()
+    return ranks * data.mean_over_ranks({"psnr": total})["psnr"] / len(keys)
 
 
 # -----------------------------------------------------------------------------

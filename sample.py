@@ -140,7 +140,7 @@ def main():
     what.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="paint a grid of these, numbers or names")
     what.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py and ADM's evaluator")
     parser.add_argument("--num-images", type=int, default=50_000, help="pictures in the .npz, over all classes")
-    parser.add_argument("--n", type=int, default=16, help="pictures of each class")
+    parser.add_argument("-n", "--n", type=int, default=16, help="pictures of each class; torchrun lets only -n through")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg-scale", type=float, help="guidance at the last token; 1 is none (default: the model's)")
     parser.add_argument("--cfg-power", type=float, help="above 1 guidance comes late, below early (default: the model's)")

@@ -544,7 +544,7 @@ def test_two_ranks_train_like_one(script, trained, tmp_path):
 
 def test_two_ranks_paint_like_one(trained):
     for ranks in (1, 2):
-        torchrun(ranks, "sample.py", "--out", trained, "--class", 1, 2, "--n", 5, "--batch-size", ranks + 1, "--png", trained / f"r{ranks}.png")
+        torchrun(ranks, "sample.py", "--out", trained, "--class", 1, 2, "-n", 5, "--batch-size", ranks + 1, "--png", trained / f"r{ranks}.png")
     a, b = (np.asarray(Image.open(trained / f"r{ranks}.png")).astype(int) for ranks in (1, 2))
     assert np.abs(a - b).max() <= 1
 

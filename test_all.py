@@ -307,15 +307,18 @@ def test_full_size_presets_have_the_published_sizes():
 RELEASED_TOKENIZER = ("latent_tokens 21,64 encoder.positional_embedding 16,64 encoder.latent_token_positional_embedding 21,64 "
                       "encoder.patch_embed.weight 64,3,16,16 encoder.patch_embed.bias 64 encoder.ln_pre.weight 64 "
                       "encoder.ln_pre.bias 64 encoder.ln_post.weight 64 encoder.ln_post.bias 64 "
-                      "encoder.conv_out.weight 16,64,1,1 encoder.conv_out.bias 16 quantize.embedding.weight 64,16 decoder.decoder_embed.weight 128,16 "
+                      "encoder.conv_out.weight 16,64,1,1 encoder.conv_out.bias 16 quantize.embedding.weight 64,16 "
+                      "decoder.decoder_embed.weight 128,16 "
                       "decoder.decoder_embed.bias 128 decoder.ln_pre.weight 128 decoder.ln_pre.bias 128 "
-                      "decoder.ln_post.weight 128 decoder.ln_post.bias 128 decoder.ffn.0.weight 768,128,1,1 decoder.ffn.0.bias 768 "
+                      "decoder.ln_post.weight 128 decoder.ln_post.bias 128 decoder.ffn.0.weight 768,128,1,1 "
+                      "decoder.ffn.0.bias 768 "
                       "decoder.conv_out.weight 3,3,1,1 decoder.conv_out.bias 3 ")
 RELEASED_STAGE = {1: "decoder.class_embedding 1,128 decoder.latent_token_positional_embedding 22,128 decoder.ffn_aux.0.weight "
                      "768,128,1,1 decoder.ffn_aux.0.bias 768 decoder.conv_out_aux.weight 3,3,1,1 decoder.conv_out_aux.bias 3",
                   2: "decoder.class_embedding 32,128 decoder.latent_token_positional_embedding 53,128"}
 RELEASED_BLOCK = ("ln_1.weight 1 ln_1.bias 1 attn.in_proj.weight 3,1 attn.in_proj.bias 3 "
-                  "attn.out_proj.weight 1,1 attn.out_proj.bias 1 ln_2.weight 1 ln_2.bias 1 mlp.c_fc.weight 4,1 mlp.c_fc.bias 4 mlp.c_proj.weight 1,4 mlp.c_proj.bias 1")
+                  "attn.out_proj.weight 1,1 attn.out_proj.bias 1 ln_2.weight 1 ln_2.bias 1 "
+                  "mlp.c_fc.weight 4,1 mlp.c_fc.bias 4 mlp.c_proj.weight 1,4 mlp.c_proj.bias 1")
 RELEASED_AR = "embeddings.weight 76,96 norm.weight 96 output.weight 64,96 output.bias 64"
 RELEASED_AR_BLOCK = ("norm1.weight 96 attn.qkv.weight 288,96 attn.qkv.bias 288 attn.q_norm.weight 48 attn.k_norm.weight 48 "
                      "attn.proj.weight 96,96 attn.proj.bias 96 norm2.weight 96 mlp.w1.weight 256,96 mlp.w3.weight 256,96 "

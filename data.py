@@ -174,8 +174,7 @@ def read_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:                # Pillow's decoders raise a dozen kinds for a damaged file
-        raise InputError(f"{path} is not a readable image ({error}); remove or repair it, "
-                         "or train with --skip-bad-images") from None
+        raise InputError(f"{path} is not a readable image ({error}); remove or repair it") from None
 
 
 def shrink(image, size):
@@ -227,7 +226,7 @@ class ImageFolder:
                 return read_image(self.paths[at]), at
             except InputError as error:
                 if not self.skip_bad:
-                    raise
+                    raise InputError(f"{error}, or train with --skip-bad-images") from None
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         raise InputError(f"{self.name} holds no readable image")
 

@@ -285,13 +285,6 @@ def image_batches(images, count, name, batch_size=64, workers=0):
             progress.update(min(len(span) * ranks, count - progress.n))
 
 
-def checked_count(images, count, name):
-    count = min(len(images), count or len(images))
-    if count < 2:
-        raise InputError(f"{name} holds {count} image{'' if count == 1 else 's'}; statistics need two at least")
-    return count
-
-
 # -----------------------------------------------------------------------------
 # Statistics of many images
 
@@ -317,9 +310,11 @@ def gaussian(rows):
 
 
 class Features:
-    """Collects the features of `count` images, of which each rank adds its share."""
+    """Collects the features of `count` images, of which each rank adds its share. InputError for fewer than two."""
 
-    def __init__(self, count, net, device):
+    def __init__(self, count, net, device, where=""):
+        if count < 2:
+            raise InputError(f"statistics need two images at least, found {count}{where}")
         self.net, self.device, self.seconds = net, device, 0.0               # seconds: in the network
         self.rows = torch.zeros(count, 4071, device=device)
 
@@ -354,8 +349,8 @@ def extract(images, net, device, count=None, name="features", benchmark=False, *
 
     benchmark: also print the share of time outside the network, from the second batch on, since the first warms up.
     """
-    count = checked_count(images, count, name)
-    features, began = Features(count, net, device), None
+    count = min(len(images), count or len(images))
+    features, began = Features(count, net, device, f" in {name}"), None
     for batch in image_batches(images, count, name, **options):
         features.add(*batch)
         if began is None:
@@ -489,7 +484,7 @@ def tokenizer_metrics(tokenizer, images, net, device, count=None, **options):
     -> {"rFID", "PSNR" in dB, "SSIM", "codebook_use": share of codes that occur, "codebook_entropy" in bits}; {} on ranks
     above 0. Reconstructions are rounded to 8 bits, as saved pictures are. InputError for fewer than two pictures.
     """
-    count = checked_count(images, count, "the data set")
+    count = min(len(images), count or len(images))
     real, painted = Features(count, net, device), Features(count, net, device)
     used, sums = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64, device=device), {"PSNR": 0.0, "SSIM": 0.0}
     for indices, pixels in image_batches(images, count, "reconstructing", **options):

@@ -82,7 +82,9 @@ def paint_grid(model, tokenizer, ids, args, device):
 
 
 def paint_npz(model, tokenizer, args, device, settings):
-    """--num-images pictures, equally many a class in class order, into an .npz that ADM's evaluator reads (`arr_0`).
+    """--num-images pictures, classes in turn (0, 1, ... and again), into an .npz that ADM's evaluator reads (`arr_0`).
+
+    In turn, because that evaluator averages the Inception Score over runs of 5000 in file order, each of which needs all classes.
 
     They gather in a memory-mapped file in the folder <npz>.part, from where an interrupted run goes on. `settings` is what
     the pictures depend on; a folder that was painted with others is refused.
@@ -107,7 +109,7 @@ def paint_npz(model, tokenizer, args, device, settings):
         raise InputError(f"{part} holds pictures painted with other settings ({'; '.join(changed)}); "
                          "go on with the old ones, or remove it")
     images, done = (np.lib.format.open_memmap(path, "r+") for path in paths)
-    pictures = [(int(k), int(k) * classes // n) for k in np.flatnonzero(done == 0)]
+    pictures = [(int(k), int(k) % classes) for k in np.flatnonzero(done == 0)]
     data.barrier()                            # every rank has the same list before one of them shortens it
     for numbers, _, painted in paint(model, tokenizer, pictures, args, device):
         images[numbers] = painted.permute(0, 2, 3, 1).numpy()

@@ -18,6 +18,7 @@ from PIL import Image
 
 import ar_model
 import data
+import fid
 import sample
 import train_ar
 import train_tokenizer
@@ -330,12 +331,12 @@ def shapes(text, prefix="", scale=1):
     return {prefix + name: tuple(int(n) * scale for n in shape.split(",")) for name, shape in zip(words[::2], words[1::2])}
 
 
-def rebuild(name, shape):
+def rebuild(name, shape, seed=0):
     """A weight that follows from its name and shape alone."""
-    w = np.random.RandomState(zlib.crc32(f"0/{name}".encode())).standard_normal(shape)
+    w = np.random.RandomState(zlib.crc32(f"{seed}/{name}".encode())).standard_normal(shape)
     if "embedding" not in name and "latent_tokens" not in name:
         w = (w * np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else w / np.sqrt(shape[1]) if len(shape) == 2 else
-             1 + 0.1 * w if name.endswith("weight") else 0.1 * w)
+             1 + 0.1 * w if name.endswith("weight") else 1 + 0.1 * abs(w) if "running_var" in name else 0.1 * w)
     return torch.from_numpy(np.asarray(w, np.float32))
 
 
@@ -486,7 +487,7 @@ def test_image_k_follows_from_seed_and_k_alone(options):
 # -----------------------------------------------------------------------------
 # The scripts, as users run them
 
-TOKENIZER = ["--image-size", 32, "--codebook-size", 256, "--batch-size", 16, "--eval-images", 64]
+TOKENIZER = ["--image-size", 32, "--patch-size", 8, "--codebook-size", 256, "--batch-size", 16, "--eval-images", 64]
 AR = ["--steps", 40, "--batch-size", 16, "--num-pictures", 400, "--eval-images", 64]
 
 
@@ -627,12 +628,280 @@ def test_image_folder_end_to_end(tmp_path):
     """The three commands on image files in mixed formats and sizes; classes go by folder name."""
     folder, out = write_images(tmp_path / "photos", ("cat", "dog", "newt"), 8), tmp_path / "out"
     common = ["--data", folder, "--out", out, "--batch-size", 8, "--eval-images", 8]
-    assert command(train_tokenizer, *common, "--steps", 6, 4, "--image-size", 32, "--codebook-size", 64)[0] == 0
+    small = ["--image-size", 32, "--patch-size", 8, "--codebook-size", 64]
+    assert command(train_tokenizer, *common, "--steps", 6, 4, *small)[0] == 0
     assert command(train_ar, *common, "--steps", 4)[0] == 0
     cache = data.TokenCache(out / "tokens" / "train")
     assert cache.tokens.shape == (23, 2, 21)                                   # the centre crop and its mirror image
     code, words, _ = command(sample, "--out", out, "--class", "dog", "0", "--n", 2)
     assert code == 0 and "1 (dog), 0 (cat)" in words
+
+
+# -----------------------------------------------------------------------------
+# Metrics
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file in the format of the published weights, with other numbers in it."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    state = fid.Inception().state_dict()
+    torch.save({name: rebuild("inception/" + name, old.shape, 7) if old.ndim else old for name, old in state.items()}, path)
+    return path
+
+
+def pictures(n, size=32, first=0):
+    return np.stack([data.draw_shape(0, "val", 7 * k, size)[0] for k in range(first, first + n)])
+
+
+# Pool and spatial features and logits without bias of two shapes, at places spread over each.
+INCEPTION = {
+    64: [0.115881, 0.06888, 0.001832, 0.349668, 0.330402, 0.0, 0.0, 0.0, 0.1821, -0.347866, 0.005035],
+    350: [0.115194, 0.067031, 0.001319, 0.346327, 0.332883, 0.0, 0.0, 0.0, 0.179429, -0.353701, 0.008996],
+}
+
+
+@pytest.mark.parametrize("size", INCEPTION)
+def test_inception_computes_what_the_published_network_would(size, inception):
+    net = fid.load_inception(inception)
+    with torch.no_grad():
+        pool, spatial = net(fid.prepare(torch.from_numpy(pictures(2, size)).permute(0, 3, 1, 2))).split([2048, 2023], 1)
+    logits = pool @ net.fc.weight.T
+    found = [[*pool[0, ::600], *spatial[1, ::600], *logits[1, ::400]]]
+    assert np.allclose(found, INCEPTION[size], rtol=1e-4, atol=1e-5), np.array(found).round(6).tolist()
+
+
+def test_resize_is_tensorflows():
+    image = torch.randint(0, 256, (1, 3, 7, 400), dtype=torch.uint8)
+    found = fid.prepare(image)[0] * 128 + 128
+    for row, column in [(0, 0), (298, 298), (297, 1), (150, 77), (43, 200)]:
+        y, x = row * 7 / 299, column * 400 / 299
+        top, left, bottom, right = int(y), int(x), min(int(y) + 1, 6), min(int(x) + 1, 399)
+        a, b, c, d = (image[0, :, i, j].float() for i in (top, bottom) for j in (left, right))
+        assert torch.allclose(found[:, row, column], (a * (1 - x % 1) + b * (x % 1)) * (1 - y % 1)
+                              + (c * (1 - x % 1) + d * (x % 1)) * (y % 1), atol=1e-3)
+
+
+def test_frechet_distance_of_known_gaussians():
+    rng = np.random.default_rng(0)
+    turn = torch.from_numpy(np.linalg.qr(rng.standard_normal((300, 300)))[0])
+    for rank in (300, 20):                                                     # 20: covariances of few images
+        a, b = (torch.from_numpy(rng.uniform(0, 2, 300)) * (torch.arange(300) < rank) for _ in range(2))
+        b = b.roll(5)
+        mu = torch.from_numpy(rng.standard_normal((2, 300)))
+        one, two = (mu[0], turn @ torch.diag(a) @ turn.T), (mu[1], turn @ torch.diag(b) @ turn.T)
+        known = ((mu[0] - mu[1]) ** 2).sum() + ((a.sqrt() - b.sqrt()) ** 2).sum()
+        assert abs(fid.frechet_distance(*one, *two) - known) < 1e-6
+        assert abs(fid.frechet_distance(*one, *two) - fid.frechet_distance(*two, *one)) < 1e-9
+        assert fid.frechet_distance(*one, *one) < 1e-6
+    s, t = (torch.from_numpy(x @ x.T) for x in rng.standard_normal((2, 2, 2)))  # in two dimensions there is a formula
+    trace = ((s @ t).trace() + 2 * (s.det() * t.det()).sqrt()).sqrt()
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert abs(fid.frechet_distance(zero, s, zero, t) - (s.trace() + t.trace() - 2 * trace)) < 1e-9
+    rows = torch.from_numpy(rng.standard_normal((5000, 30)).astype(np.float32)) + 10
+    mean, covariance = fid.gaussian(rows)
+    assert np.allclose(mean, rows.double().mean(0)) and np.allclose(covariance, np.cov(rows.double().numpy(), rowvar=False))
+
+
+def test_inception_score_by_hand():
+    sure = torch.eye(1008)[torch.arange(40) % 8] * 100                          # forty images, each surely of one of 8 classes
+    assert fid.inception_score(sure, torch.eye(1008)) == pytest.approx(8)
+    assert fid.inception_score(torch.zeros(40, 1008), torch.eye(1008)) == pytest.approx(1)
+    assert fid.inception_score(sure[[0, 8, 1, 2]], torch.eye(1008), split=2) == pytest.approx(1.5)        # (1 + 2) / 2
+    p = torch.rand(30, 1008).double()
+    q = p / p.sum(1, keepdim=True)
+    expected = (q * (q / q.mean(0)).log()).sum(1).mean().exp()
+    assert fid.inception_score(p.log(), torch.eye(1008)) == pytest.approx(expected.item())
+
+
+def test_precision_recall_by_brute_force():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((60, 5)) + 100, rng.standard_normal((90, 5)) * 0.7 + 100.4
+
+    def inside(points, centres):
+        radius = [sorted(np.linalg.norm(centres - c, axis=1))[3] for c in centres]
+        return np.mean([any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radius)) for p in points])
+
+    found = fid.precision_recall(torch.from_numpy(a).float(), torch.from_numpy(b).float(), block=1000)
+    assert found == pytest.approx((inside(b, a), inside(a, b))) and 0 < min(found) < max(found) < 1
+    assert fid.precision_recall(torch.from_numpy(a), torch.from_numpy(a)) == (1, 1)
+    assert fid.precision_recall(torch.from_numpy(a), torch.from_numpy(a) + 50) == (0, 0)
+    assert fid.precision_recall(torch.from_numpy(a[:3]), torch.from_numpy(b)) == (None, None)
+
+
+def test_ssim_by_brute_force():
+    a, b = torch.rand(2, 3, 14, 12), torch.rand(2, 3, 14, 12)
+    line = np.exp(-np.arange(-5, 6) ** 2 / 4.5)
+    window = np.outer(line, line) / np.outer(line, line).sum()
+    values = []
+    for x, y in zip(a[0].double().numpy(), b[0].double().numpy()):
+        for top in range(4):
+            for left in range(2):
+                p, q = x[top:top + 11, left:left + 11], y[top:top + 11, left:left + 11]
+                mp, mq = (window * p).sum(), (window * q).sum()
+                vp, vq, cov = ((window * x * y).sum() - m * n for x, y, m, n in ((p, p, mp, mp), (q, q, mq, mq), (p, q, mp, mq)))
+                values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
+    assert fid.ssim(a, b)[0].item() == pytest.approx(np.mean(values), abs=1e-5)
+    assert torch.allclose(fid.ssim(a, a), torch.ones(2)) and fid.psnr(a, a + 0.1)[0].item() == pytest.approx(20, abs=1e-3)
+
+
+def test_npz_and_folder_give_the_same_numbers(tmp_path, inception):
+    images = pictures(14)
+    np.savez(tmp_path / "a.npz", arr_0=images[:8])
+    np.savez_compressed(tmp_path / "b.npz", arr_0=images[4:])
+    for k, image in enumerate(images[4:]):
+        os.makedirs(tmp_path / "b" / str(k // 4) / "deep", exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "b" / str(k // 4) / "deep" / f"{k}.png")
+    results = []
+    for samples, batch in (("b.npz", 4), ("b", 7)):
+        code, out, err = command(fid, tmp_path / "a.npz", tmp_path / samples, "--inception", inception, "--json",
+                                 "--batch-size", batch)
+        assert code == 0 and "biased" in err and "not comparable" in err, err
+        results.append(json.loads(out))
+        assert results[-1]["images"] == [8, 10] and results[-1]["comparable"] is False
+    for name in ("FID", "sFID", "IS", "precision", "recall"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4), name
+    rows = fid.extract(fid.NpzImages(tmp_path / "b.npz"), fid.load_inception(inception), torch.device("cpu"))
+    assert np.allclose(rows["sigma"], np.cov(rows["pool"].double().numpy(), rowvar=False), atol=1e-12)
+    some = list(fid.NpzImages(tmp_path / "b.npz").batches([[1, 2], [5, 9]]))    # read in passing, none but these
+    assert (torch.cat([part[0] for part in some]).permute(0, 2, 3, 1).numpy() == images[[5, 6, 9, 13]]).all()
+    few = fid.extract(fid.NpzImages(tmp_path / "b.npz"), fid.load_inception(inception), torch.device("cpu"), count=5)
+    assert torch.allclose(few["pool"], rows["pool"][::2], atol=1e-5)
+
+
+def test_statistics_stand_for_the_images_beside_them(tmp_path, inception):
+    images, call = pictures(9), ["--inception", inception, "--json"]
+    np.savez(tmp_path / "a.npz", arr_0=images[:5])
+    np.savez(tmp_path / "b.npz", arr_0=images[2:])
+    assert command(fid, tmp_path / "a.npz", "--save-stats", tmp_path / "s.npz", "--inception", inception)[0] == 0
+    direct, stats = (json.loads(command(fid, tmp_path / name, tmp_path / "b.npz", *call)[1]) for name in ("a.npz", "s.npz"))
+    assert stats["FID"] == pytest.approx(direct["FID"], abs=1e-9) and stats["sFID"] == pytest.approx(direct["sFID"], abs=1e-9)
+    assert stats["precision"] is None and stats["IS"] == direct["IS"] and stats["images"] == [5, 7]
+    kept = dict(np.load(tmp_path / "s.npz"))
+    np.savez(tmp_path / "both.npz", arr_0=images[2:], **{**kept, "mu": kept["mu"] + 1, "mu_s": kept["mu_s"] + 2})
+    both = json.loads(command(fid, tmp_path / "both.npz", tmp_path / "b.npz", *call)[1])
+    assert both["precision"] == both["recall"] == 1 and abs(both["FID"] - direct["FID"]) > 1000
+    code, _, err = command(fid, tmp_path / "s.npz", tmp_path / "b.npz", "--inception", "random")
+    assert code == 2 and "this run's is random" in err
+
+
+def test_two_ranks_judge_like_one(tmp_path, inception):
+    np.savez(tmp_path / "a.npz", arr_0=pictures(9))
+    np.savez(tmp_path / "b.npz", arr_0=pictures(11, first=5))
+    model = small_tokenizer()
+    data.save_checkpoint(tmp_path / "t.pt", "tokenizer", vars(model.config), model.state_dict())
+    for words in ([tmp_path / "a.npz", tmp_path / "b.npz"],
+                  ["--tokenizer", tmp_path / "t.pt", "--data", "shapes", "--num-images", 10]):
+        words = [*words, "--inception", inception, "--batch-size", 2, "--json"]
+        code, out, _ = command(fid, *words)
+        one, two = json.loads(out), json.loads(torchrun(2, "fid.py", *words).stdout)
+        assert code == 0 and one["images"] == two["images"]
+        for name, value in one.items():
+            if isinstance(value, float):
+                assert two[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_tokenizer_report(tmp_path):
+    tokenizer = small_tokenizer()
+    data.save_checkpoint(tmp_path / "t.pt", "tokenizer", vars(tokenizer.config), tokenizer.state_dict())
+    code, out, err = command(fid, "--tokenizer", tmp_path / "t.pt", "--data", "shapes", "--num-images", 6,
+                             "--inception", "random")
+    assert code == 0 and "random network" in err and "biased" in err
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert list(lines) == ["rFID", "PSNR", "SSIM", "codebook_use", "codebook_entropy"]
+    assert "not comparable" in lines["rFID"] and "not comparable" not in lines["PSNR"]
+    images = torch.stack([data.Shapes("val", 32, 0, 6).read(0, k)[0] for k in range(6)]).float() / 255
+    tokens = tokenizer.encode(images)
+    painted = (tokenizer.decode(tokens) * 255).round() / 255
+    assert float(lines["PSNR"].split()[1]) == pytest.approx(fid.psnr(painted, images).mean().item(), rel=1e-4)
+    assert float(lines["codebook_use"].split()[1]) == pytest.approx(len(tokens.unique()) / 64, rel=1e-4)
+    share = tokens.flatten().bincount() / tokens.numel()
+    entropy = -(share * share.clamp_min(1e-9).log2()).sum().item()
+    assert float(lines["codebook_entropy"].split()[1]) == pytest.approx(entropy, rel=1e-4)
+    code, out, _ = command(fid, "--tokenizer", tmp_path / "t.pt", "--data", write_images(tmp_path / "photos"),
+                           "--inception", "random", "--json")
+    assert code == 0 and json.loads(out)["images"] == [12]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    at = tmp_path_factory.mktemp("wrong")
+    images = pictures(4)
+    np.savez(at / "good.npz", arr_0=images)
+    np.savez(at / "one.npz", arr_0=images[:1])
+    np.savez(at / "none.npz", arr_0=images[:0])
+    np.savez(at / "float.npz", arr_0=images / 255)
+    np.savez(at / "chw.npz", arr_0=images.transpose(0, 3, 1, 2).copy())
+    mixed = np.empty(2, object)
+    mixed[:] = [images[0], images[1, :20]]
+    np.savez(at / "mixed.npz", arr_0=mixed)
+    np.savez(at / "other.npz", x=images)
+    np.savez(at / "width.npz", mu=np.zeros(64), sigma=np.eye(64))
+    (at / "text.npz").write_text("hello")
+    whole = (at / "good.npz").read_bytes()
+    (at / "cut.npz").write_bytes(whole[:len(whole) // 2])
+    (at / "flipped.npz").write_bytes(whole[:5000] + bytes([whole[5000] ^ 255]) + whole[5001:])
+    (at / "empty").mkdir()
+    (write_images(at / "broken", ["cat"], 3) / "cat" / "1.png").write_text("this is no picture")
+    write_images(at / "sizes", ["cat"], 3)
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, at / "torchvision.pth")
+    (at / "text.pth").write_text("hello")
+    return at
+
+
+@pytest.mark.parametrize("words,says", [
+    ("{at}/nowhere {at}/good.npz", "no such file or folder: {at}/nowhere"),
+    ("{at}/one.npz {at}/good.npz", "statistics need two images at least, found 1 in {at}/one.npz"),
+    ("{at}/none.npz", "found 0 in {at}/none.npz"),
+    ("{at}/float.npz", "must be images of one size, uint8 (n, H, W, 3) from 0 to 255; it is float64 (4, 32, 32, 3)"),
+    ("{at}/chw.npz", "it is uint8 (4, 3, 32, 32)"),
+    ("{at}/mixed.npz", "images of different sizes"),
+    ("{at}/other.npz", "has neither images (arr_0) nor statistics (mu, sigma), only x"),
+    ("{at}/width.npz {at}/good.npz", "mu in {at}/width.npz must be finite floats (2048,), it is float64 (64,)"),
+    ("{at}/text.npz", "text.npz is not an .npz file, or it is damaged"),
+    ("{at}/cut.npz", "cut.npz is not an .npz file, or it is damaged"),
+    ("{at}/flipped.npz", "flipped.npz is damaged or incomplete"),
+    ("{at}/empty", "found 0 in {at}/empty"),
+    ("{at}/broken --crop 32", "1.png is not a readable image"),
+    ("{at}/broken --crop 32 --workers 1", "1.png is not a readable image"),
+    ("{at}/sizes", "images must be of one size"),
+    ("{at}/good.npz --inception {at}/torchvision.pth", "holds another network than the Inception of 2015-12-05"),
+    ("{at}/good.npz --inception {at}/text.pth", "text.pth can't be loaded as weights"),
+    ("{at}/good.npz --inception {at}/nowhere.pth", "{at}/nowhere.pth can't be loaded as weights ([Errno 2] No such file"),
+    ("{at}/good.npz --batch-size 0", "--batch-size is at least 1, found 0"),
+    ("{at}/good.npz --data shapes", "name one or two sets of images, or --tokenizer and --data"),
+    ("", "name one or two sets of images, or --tokenizer and --data"),
+    ("--tokenizer {at}/nowhere.pt --data shapes", "no such checkpoint: {at}/nowhere.pt"),
+    ("--tokenizer {at}/nowhere.pt --data {at}/nowhere", "no such file or folder: {at}/nowhere"),
+])
+def test_bad_images(words, says, wrong):
+    words = words.format(at=wrong).split()
+    code, _, err = command(fid, *words, *([] if "--inception" in words else ["--inception", "random"]))
+    assert code == 2 and says.format(at=wrong) in err and "Traceback" not in err, err
+
+
+def test_weights_are_downloaded_once_and_checked(wrong, tmp_path, monkeypatch, inception):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(fid, "ADDRESS", "http://127.0.0.1:9/weights.pth")
+    place = tmp_path / "hub" / "checkpoints" / fid.WEIGHTS
+    code, _, err = command(fid, wrong / "good.npz")
+    assert code == 2 and all(word in err for word in (fid.ADDRESS, str(place), "--inception PATH", "--inception random")), err
+    monkeypatch.setattr(fid, "ADDRESS", inception.as_uri())
+    code, _, err = command(fid, wrong / "good.npz")
+    assert code == 2 and "invalid hash value" in err and not place.exists()
+    monkeypatch.setattr(fid, "PUBLISHED", data.file_digest(inception)[:8])
+    code, out, err = command(fid, wrong / "good.npz")
+    assert code == 0 and place.exists() and "100%" in err and "not comparable" not in out
+    monkeypatch.setattr(fid, "ADDRESS", "http://127.0.0.1:9/weights.pth")
+    assert command(fid, wrong / "good.npz")[0] == 0
+    place.write_text("half a download")
+    code, _, err = command(fid, wrong / "good.npz")
+    assert code == 2 and "is damaged" in err
+
+
+def test_crop_makes_photos_one_size(wrong):
+    code, out, _ = command(fid, wrong / "sizes", "--crop", 32, "--inception", "random", "--json", "--benchmark",
+                           "--batch-size", 2)
+    assert code == 0 and json.loads(out)["images"] == [3] and json.loads(out)["IS"] >= 1
 
 
 # -----------------------------------------------------------------------------
@@ -653,7 +922,7 @@ def bad(tmp_path, trained):
     ("train_tokenizer", "--data {tmp}/nothing", "no images in {tmp}/nothing/cat"),
     ("train_tokenizer", "--data {tmp}/broken --steps 50 50 --batch-size 4", "{tmp}/broken/cat/7.jpg is not a readable image"),
     ("train_tokenizer", "--data {tmp}/broken --steps 50 50 --batch-size 4 --workers 2", "cat/7.jpg is not a readable image"),
-    ("train_tokenizer", "--image-size 60", "image size 60 is not a multiple of the patch size 8"),
+    ("train_tokenizer", "--image-size 60", "image size 60 is not a multiple of the patch size 16"),
     ("train_tokenizer", "--batch-size 9 --accum 2", "a batch of 9 can't be shared evenly by 1 ranks in 2 micro-batches"),
     ("train_tokenizer", "--batch-size 0", "--batch-size is above zero, found 0"),
     ("train_tokenizer", "--steps 0 5", "--steps takes two numbers above zero"),

@@ -67,7 +67,7 @@ class TokenizerConfig:
 
 PRESETS = {
     # Ours: small enough for two CPU cores, for the built-in pictures.
-    "tiny": dict(image_size=64, patch_size=8, encoder_width=96, encoder_depth=3, decoder_width=128, decoder_depth=4,
+    "tiny": dict(image_size=64, patch_size=16, encoder_width=128, encoder_depth=3, decoder_width=128, decoder_depth=4,
                  head_dim=32, codebook_size=1024, codebook_dim=8, buffer_tokens=8, init="narrow"),
     "imagenet256": dict(),
 }

@@ -26,7 +26,7 @@ from train_tokenizer import (FIXED, add_run_arguments, check_resumed, check_run_
 
 PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
 RECIPES = {
-    "tiny": dict(steps=3500, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
+    "tiny": dict(steps=6000, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
     "B": PAPER, "L": PAPER, "XL": {**PAPER, "steps": 250_000},
 }
 

@@ -28,7 +28,7 @@ from tokenizer import PRESETS, Tokenizer, TokenizerConfig, load_tokenizer
 RECIPES = {
     # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the first step
     # keeps so small a model from finding out where in the picture a token belongs.
-    "tiny": dict(steps=(6000, 3500), batch_size=16, lr=5e-4, final_lr=1e-5, warmup=100, betas=(0.9, 0.95),
+    "tiny": dict(steps=(10_000, 6000), batch_size=16, lr=5e-4, final_lr=1e-5, warmup=100, betas=(0.9, 0.95),
                  quantizer_weight=0.1, blend=(0.2, 0.35)),
     # As published, for 8 GPUs of 48 images each.
     "imagenet256": dict(steps=(350_000, 300_000), batch_size=384, lr=1e-4, final_lr=2e-6, warmup=10_000, betas=(0.9, 0.95),

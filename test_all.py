@@ -898,6 +898,18 @@ def test_weights_are_downloaded_once_and_checked(wrong, tmp_path, monkeypatch, i
     assert code == 2 and "is damaged" in err
 
 
+def test_trainers_log_the_metrics(trained, tmp_path):
+    words = ["--eval-fid", "--inception", "random", "--out", tmp_path]
+    few = [*TOKENIZER, "--eval-images", 6]
+    assert command(train_tokenizer, *words, *few, "--stage", 1, "--steps", 1, 1)[0] == 0
+    assert command(train_ar, *words, "--tokenizer", trained / "tokenizer.pt", *AR, "--eval-images", 6, "--steps", 1)[0] == 0
+    for run, names in (("tokenizer stage 1", "rFID PSNR SSIM codebook_entropy"), ("ar", "FID sFID IS precision recall")):
+        assert log_of(tmp_path, run, "inception") == ["random"]
+        assert all(np.isfinite(log_of(tmp_path, run, f"val_{name}")).all() for name in names.split())
+    ours, theirs = (log_of(tmp_path, "tokenizer stage 1", name)[0] for name in ("val_psnr", "val_PSNR"))
+    assert ours == pytest.approx(theirs, abs=0.05)                             # the second is of 8-bit pictures
+
+
 def test_crop_makes_photos_one_size(wrong):
     code, out, _ = command(fid, wrong / "sizes", "--crop", 32, "--inception", "random", "--json", "--benchmark",
                            "--batch-size", 2)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import fid
 from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
 from data import InputError
 from tokenizer import load_tokenizer
@@ -52,6 +53,20 @@ def evaluate(model, cache, args, device, rank, ranks):
     return {name: total * ranks / (len(keys) * model.config.num_tokens) for name, total in data.mean_over_ranks(sums).items()}
 
 
+def judge_samples(model, tokenizer, reference, inception, args, device, rank, ranks):
+    """fid.py's metrics of --eval-images samples, of classes evenly spread, against validation images; {} on ranks above 0."""
+    model.eval()
+    features, classes = fid.Features(args.eval_images, inception, device), data.spread(model.config.num_classes, args.eval_images)
+    for at in range(rank * 32, args.eval_images, ranks * 32):
+        numbers = range(at, min(at + 32, args.eval_images))
+        tokens = model.generate(torch.tensor([classes[k % len(classes)] for k in numbers]),
+                                image_uniforms(args.seed, numbers, model.config.num_tokens))
+        features.add(numbers, (tokenizer.decode(tokens) * 255).round().byte())
+    model.train()
+    samples = features.finish()
+    return fid.compare(reference, samples, inception) if samples else {}
+
+
 def paint_samples(model, tokenizer, path, seed, n=32):
     """A grid of samples of classes spread over all there are; the same classes and random numbers each time."""
     model.eval()
@@ -61,7 +76,7 @@ def paint_samples(model, tokenizer, path, seed, n=32):
     data.save_grid(path, tokenizer.decode(tokens), 8)
 
 
-def train(model, tokenizer, train_cache, val_cache, args, rank, ranks, device, classes):
+def train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, device, classes):
     path, run, start = f"{args.out}/ar_state.pt", "ar", 0
     config, fingerprint, null = model.config, tokenizer.fingerprint(), model.config.num_classes
     decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("embeddings")]
@@ -79,6 +94,9 @@ def train(model, tokenizer, train_cache, val_cache, args, rank, ranks, device, c
     if device.type == "cuda" and not args.no_compile:
         model.compile()
     wrapped = wrap(model, ranks, device)
+    if args.eval_fid:
+        inception = fid.load_inception(args.inception, device)
+        reference = fid.extract(val_set, inception, device, args.eval_images, "validation images")
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     keys = iter(data.BatchKeys(len(train_cache), args.seed, args.batch_size, args.accum, start, rank, ranks))
 
@@ -121,6 +139,9 @@ def train(model, tokenizer, train_cache, val_cache, args, rank, ranks, device, c
             began, seen = time.perf_counter(), 0
         if done % args.eval_every == 0 or done == args.steps:
             values = evaluate(model, val_cache, args, device, rank, ranks)
+            if args.eval_fid:
+                found = judge_samples(model, tokenizer, reference, inception, args, device, rank, ranks)
+                values |= {"inception": inception.origin, **{f"val_{name}": number for name, number in found.items()}}
             log.write(done, **values)
             if rank == 0:
                 paint_samples(model, tokenizer, f"{args.out}/pictures/ar_{done:06d}.png", args.seed)
@@ -164,7 +185,7 @@ def main():
                       num_classes=len(train_set.classes), **{**PRESETS[args.preset], **changes})
     torch.manual_seed(args.seed)
     model = ARModel(config).to(device)
-    train(model, tokenizer, train_cache, val_cache, args, rank, ranks, device, train_set.classes)
+    train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, device, train_set.classes)
     if rank == 0:
         print(f"wrote {args.out}/ar.pt; next: python sample.py --class 0" + (f" --out {args.out}" if args.out != "out" else ""))
 

@@ -20,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import fid
 from data import InputError
+from fid import psnr
 from tokenizer import PRESETS, Tokenizer, TokenizerConfig, load_tokenizer
 
 # steps: of stages 1 and 2. batch_size: over all ranks. lr -> final_lr: after warmup steps, along a cosine.
@@ -56,6 +58,8 @@ def add_run_arguments(parser):
     parser.add_argument("--workers", type=int, help="reading processes a rank (default: 8 with a GPU, else 0)")
     parser.add_argument("--eval-every", type=int, default=500)
     parser.add_argument("--eval-images", type=int, default=256)
+    parser.add_argument("--eval-fid", action="store_true", help="also log fid.py's metrics over --eval-images pictures")
+    parser.add_argument("--inception", metavar="PATH", help="for --eval-fid: weights (default: downloaded once) or 'random'")
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--skip-bad-images", action="store_true", help="put the next readable image in an unreadable one's place")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -157,11 +161,6 @@ def strip_target(images, patch):
     return torch.cat([images[:, :, :patch, :patch], images[:, :, :patch]], dim=3)
 
 
-def psnr(a, b):
-    """Peak signal-to-noise ratio of each pair of images in [0, 1], in dB: (B, 3, H, W) twice -> (B,)."""
-    return -10 * (a - b).float().pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
-
-
 @torch.no_grad()
 def evaluate(model, val, args, device, rank, ranks, picture):
     """Mean PSNR in dB over --eval-images validation images; draws eight originals over their reconstructions."""
@@ -203,6 +202,7 @@ def train_stage(stage, model, train, val, args, device, rank, ranks):
         model.encoder.compile()
         model.decoder.compile()
     wrapped = wrap(model, ranks, device)
+    inception = fid.load_inception(args.inception, device) if args.eval_fid else None
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     keys = data.BatchKeys(len(train), args.seed + stage, args.batch_size, args.accum, start, rank, ranks)
     stream = data.batches(train, keys, args.workers)
@@ -251,6 +251,9 @@ def train_stage(stage, model, train, val, args, device, rank, ranks):
         if done % args.eval_every == 0 or done == steps:
             value = evaluate(model, val, args, device, rank, ranks, f"{args.out}/pictures/tokenizer_stage{stage}_{done:06d}.png")
             log.write(done, val_psnr=value)
+            if inception:
+                found = fid.tokenizer_metrics(model, val, inception, device, args.eval_images)
+                log.write(done, inception=inception.origin, **{f"val_{name}": number for name, number in found.items()})
             if rank == 0:
                 progress.write(f"{run}, step {done}: validation PSNR {value:.2f} dB")
             began, seen = time.perf_counter(), 0

@@ -97,7 +97,7 @@ class Attention(nn.Module):
         """x (B, T, C). With a cache (2, B, H, 1 + N, D), x is the single position `at` and sees the ones before it."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)        # (B, H, T, D) each
-        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        q, k = rotate(self.q_norm(q.float()), table), rotate(self.k_norm(k.float()), table)
         if cache is not None:
             cache[0, :, :, at:at + 1], cache[1, :, :, at:at + 1] = k, v
             k, v = cache[0, :, :, :at + 1], cache[1, :, :, :at + 1]
@@ -171,7 +171,8 @@ class ARModel(nn.Module):
         x = self.embeddings(ids)[:, None]
         for block, cache in zip(self.blocks, caches):
             x = block(x, self.table[:, at:at + 1], cache, at)
-        return self.output(self.norm(x))[:, 0]
+        with torch.autocast(x.device.type, enabled=False):        # guidance would magnify bfloat16's rounding
+            return self.output(self.norm(x.float()))[:, 0]
 
     @torch.no_grad()
     def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None, top_p=None):
@@ -190,11 +191,11 @@ class ARModel(nn.Module):
         if cfg_scale != 1:
             ids = torch.cat([ids, torch.full_like(ids, config.codebook_size + 1 + config.num_classes)])
         D = config.width // config.heads
-        caches = torch.zeros(config.depth, 2, len(ids), config.heads, 1 + config.num_tokens, D, device=device,
-                             dtype=self.output.weight.dtype)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.output.weight.dtype
+        caches = torch.zeros(config.depth, 2, len(ids), config.heads, 1 + config.num_tokens, D, device=device, dtype=dtype)
         tokens = torch.empty(B, config.num_tokens, dtype=torch.long, device=device)
         for t in range(config.num_tokens):
-            logits = self.step(ids, t, caches).float()
+            logits = self.step(ids, t, caches)
             if cfg_scale != 1:
                 logits = guide(*logits.chunk(2), t, config.num_tokens, cfg_scale, cfg_power)
             tokens[:, t] = sample_tokens(logits, uniforms[:, t], temperature, top_k, top_p)
@@ -223,10 +224,10 @@ def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
         smallest = probabilities.topk(top_k).values[:, -1:]
         probabilities = probabilities.where(probabilities >= smallest, 0)
     if top_p is not None and top_p < 1:
-        ranked = probabilities / probabilities.sum(-1, keepdim=True)
-        ranked, order = ranked.sort(-1, descending=True)
-        dropped = (ranked.cumsum(-1) - ranked >= top_p).scatter(-1, order, ranked.cumsum(-1) - ranked >= top_p)
-        probabilities = probabilities.where(~dropped, 0)
+        ranked, order = (probabilities / probabilities.sum(-1, keepdim=True)).sort(-1, descending=True)
+        beyond = ranked.cumsum(-1) - ranked >= top_p              # the likelier ones reach p already
+        beyond[:, 0] = False
+        probabilities = probabilities.where(~beyond.scatter(-1, order, beyond), 0)
     cumulative = probabilities.cumsum(-1)
     found = torch.searchsorted(cumulative, (uniforms[:, None] * cumulative[:, -1:]).contiguous(), right=True)
     return found[:, 0].clamp_max(logits.shape[-1] - 1)
@@ -243,8 +244,10 @@ def image_uniforms(seed, images, num_tokens):
 def from_released(state):
     """A released state dict (alitok_{b,l,xl}.bin), whose names are ours -> a checkpoint of ours. None if it is none."""
     needed = ("output.weight", "embeddings.weight", "blocks.0.attn.q_norm.weight")
-    if not all(name in state for name in needed):
+    if not any(name in state for name in needed):
         return None
+    if not all(name in state for name in needed):
+        raise InputError(f"this released AR model is not whole: {', '.join(n for n in needed if n not in state)} is missing")
     output, rows, q_norm = (state[name] for name in needed)
     codes, width = output.shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})

@@ -10,6 +10,7 @@ Notable:
 `python data.py` writes a labelled contact sheet of the built-in pictures.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -53,7 +54,7 @@ def generator(stream, *ids):
 def key_uniforms(stream, seed, keys):
     """One number in [0, 1) a key, for many at once: keys (B, 2) of (epoch, index) -> (B,) float64, by splitmix64."""
     words = np.asarray(keys, np.uint64).T
-    state = np.full(words.shape[1], zlib.crc32(stream.encode()) << 32 ^ seed, np.uint64)
+    state = np.full(words.shape[1], (zlib.crc32(stream.encode()) << 32) ^ seed, np.uint64)
     with np.errstate(over="ignore"):          # 64-bit arithmetic that wraps
         for word in words:
             state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
@@ -127,8 +128,10 @@ def draw_shape(seed, split, index, size):
     cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
     u, v = (x - cx) * cos + (y - cy) * sin, (y - cy) * cos - (x - cx) * sin
     cover = np.clip(0.5 - signed_distance(SHAPES[label // 100], u, v) * (radius * size), 0, 1)[..., None]
-    ground, paint = (((colour + tint).clip(0, 1) * (1 + light[0] * x + light[1] * y)[..., None]) for colour, tint, light in
-                     zip((GROUNDS[label % 10], PALETTE[label // 10 % 10]), tints, lights))
+    def shaded(colour, tint, light):
+        return (colour + tint).clip(0, 1) * (1 + light[0] * x + light[1] * y)[..., None]
+
+    ground, paint = shaded(GROUNDS[label % 10], tints[0], lights[0]), shaded(PALETTE[label // 10 % 10], tints[1], lights[1])
     return ((ground + (paint - ground) * cover).clip(0, 1) * 255 + 0.5).astype(np.uint8), label
 
 
@@ -219,25 +222,27 @@ class ImageFolder:
         return len(self.paths)
 
     def open(self, index):
-        """The picture at `index` and the index it came from: with skip_bad, the next readable one stands in."""
-        for other in range(len(self)):
-            at = (index + other) % len(self)
-            try:
-                return read_image(self.paths[at]), at
-            except InputError as error:
-                if not self.skip_bad:
-                    raise InputError(f"{error}, or train with --skip-bad-images") from None
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-        raise InputError(f"{self.name} holds no readable image")
+        """The picture at `index`; with skip_bad, the next readable one of its class stands in for an unreadable one."""
+        try:
+            return read_image(self.paths[index])
+        except InputError as error:
+            if not self.skip_bad:
+                raise InputError(f"{error}, or train with --skip-bad-images") from None
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+        same = np.flatnonzero(self.labels == self.labels[index])
+        for other in np.roll(same, -np.searchsorted(same, index))[1:]:
+            with contextlib.suppress(InputError):
+                return read_image(self.paths[other])
+        raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.name}")
 
     def read(self, epoch, index):
-        image, at = self.open(index)
+        image = self.open(index)
         pixels = (random_crop(image, self.size, generator("crop", self.seed, epoch, index)) if self.training
                   else centre_crop(image, self.size))
-        return to_tensor(pixels), int(self.labels[at])
+        return to_tensor(pixels), int(self.labels[index])
 
     def read_crops(self, index):
-        pixels = to_tensor(centre_crop(self.open(index)[0], self.size))
+        pixels = to_tensor(centre_crop(self.open(index), self.size))
         return torch.stack([pixels, pixels.flip(-1)])
 
 
@@ -269,6 +274,8 @@ def open_data(data, val_data, size, seed, skip_bad=False, num_pictures=50_000):
     `shapes`, or a folder of one sub-folder a class. Without a validation folder every 20th image, at least one, is held out.
     """
     if data == "shapes":
+        if val_data:
+            raise InputError("--val-data goes with an image folder; the built-in pictures have a validation set of their own")
         return Shapes("train", size, seed, num_pictures), Shapes("val", size, seed, 1000)
     classes, train = list_folder(data)
     if val_data:
@@ -280,7 +287,8 @@ def open_data(data, val_data, size, seed, skip_bad=False, num_pictures=50_000):
         if len(train) < 2:
             raise InputError(f"{data} holds a single image; training and validation need one each at least")
         val = train[19::20] or train[-1:]
-        train = [file for file in train if file not in set(val)]
+        held_out = set(val)
+        train = [file for file in train if file not in held_out]
     return (ImageFolder(data, train, classes, size, seed, True, skip_bad),
             ImageFolder(val_data or data, val, classes, size, seed, False, skip_bad))
 
@@ -394,9 +402,8 @@ def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
     config = tokenizer.config
     if config.codebook_size > UNWRITTEN:
         raise InputError(f"the token cache holds codebooks of up to {UNWRITTEN} entries, this one has {config.codebook_size}")
-    want = {"tokenizer": tokenizer.fingerprint(), "data": dataset.name, "files": dataset.files, "images": len(dataset),
-            "image_size": config.image_size, "tokens": config.num_tokens, "codebook": config.codebook_size,
-            "crops": dataset.crops}
+    want = {"tokenizer": tokenizer.fingerprint(), "files": dataset.files, "images": len(dataset), "crops": dataset.crops,
+            "image_size": config.image_size, "tokens": config.num_tokens, "codebook": config.codebook_size}
     note = os.path.join(folder, "cache.json")
     rank, ranks = rank_and_count()
     if not os.path.exists(note) and rank == 0:
@@ -437,9 +444,10 @@ def build_cache(folder, dataset, tokenizer, device, workers, batch_size):
     for part, images in zip(rows, batches(dataset, keys, workers, dataset.read_crops)):
         ids = tokenizer.encode(to_float(images.flatten(0, 1), device))
         tokens[part] = ids.view(len(part), crops, -1).cpu().numpy()
-        progress.update(len(part) * ranks)
+        progress.update(min(len(part) * ranks, len(missing) - progress.n))
     tokens.flush()
     progress.close()
+    barrier()                                 # "finished" is said of every rank's share
 
 
 # -----------------------------------------------------------------------------
@@ -449,10 +457,17 @@ def start_ranks(device="auto"):
     """Join the other ranks when torchrun started this one. -> rank, number of ranks, device."""
     device = pick_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "mps":
+            raise InputError("several processes can't share an Apple GPU; run without torchrun, or with --device cpu")
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            local = int(os.environ["LOCAL_RANK"])
+            if local >= torch.cuda.device_count():
+                raise InputError(f"rank {local} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+            device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     return *rank_and_count(), device
 
 
@@ -526,8 +541,8 @@ def load_checkpoint(path, kind, convert=lambda state: None):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except Exception as error:                # pickle, zip and torch each have their own kinds
-        code = re.search(r"Unsupported (?:global|class|operand|instruction).*?([\w.]+\.\w+)", str(error))
-        reason = f"loading it would run code: {code[1]}" if code else str(error).strip().splitlines()[0]
+        code = re.search(r"unsupported (?:global|class|operand|instruction).*?([\w.]+\.\w+)", str(error), re.I)
+        reason = f"loading it would run code: {code[1]}" if code else (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"{path} is not a checkpoint that can be loaded safely, or it is damaged ({reason})") from None
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
     if found is None and isinstance(checkpoint, dict):

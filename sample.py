@@ -38,7 +38,7 @@ def class_id(word, model):
     names = model.classes or []
     if word in names:
         return names.index(word)
-    if word.isdigit() and int(word) < model.config.num_classes:
+    if word.isdecimal() and int(word) < model.config.num_classes:
         return int(word)
     close = [name for name in names if word.lower() in name.lower()][:5]
     raise InputError(f"no class {word!r}: classes are 0 to {model.config.num_classes - 1}" + (

@@ -250,7 +250,7 @@ class PixelHead(nn.Module):
     def forward(self, x, rows, cols):
         p = self.patch_size
         x = self.proj(x).view(-1, rows, cols, p, p, 3).permute(0, 5, 1, 3, 2, 4)                       # (B, 3, r, p, c, p)
-        return self.conv(x.reshape(-1, 3, rows * p, cols * p)).sigmoid()
+        return self.conv(x.reshape(-1, 3, rows * p, cols * p)).float().sigmoid()      # bfloat16 is coarser than 8 bits
 
 
 class Decoder(nn.Module):
@@ -322,13 +322,13 @@ class Tokenizer(nn.Module):
         """Tokens (B, N) int64 -> images (B, 3, H, W) float in [0, 1]."""
         if tokens.ndim != 2 or tokens.shape[1] != self.config.num_tokens:
             raise ValueError(f"decode wants tokens (B, {self.config.num_tokens}), found {tuple(tokens.shape)}")
-        return self.decoder(F.embedding(tokens, self.quantizer.codebook))[0].float()
+        return self.decoder(F.embedding(tokens, self.quantizer.codebook))[0]
 
     def swap_decoder(self):
         """Stage 2: a new bidirectional decoder; encoder, latent tokens and codebook are frozen, so token ids stay."""
         self.config = TokenizerConfig(**{**asdict(self.config), "decoder": "bidirectional"})
-        self.requires_grad_(False)
         device = self.quantizer.codebook.device
+        self.requires_grad_(False)
         self.decoder = Decoder(self.config)
         init_weights(self.decoder, self.config.init)
         self.decoder.to(device)
@@ -386,7 +386,7 @@ def from_released(state):
     Widths, depths, codebook, tokens and patch come from the shapes. None if this is no such file.
     """
     state = state.get("model_state", state)
-    if "quantize.embedding.weight" not in state or "encoder.patch_embed.weight" not in state:
+    if not any(name in state for name in ("quantize.embedding.weight", "encoder.latent_token_positional_embedding")):
         return None
     renamed = {}
     for name, value in state.items():
@@ -395,8 +395,13 @@ def from_released(state):
                 name = ours + name[len(theirs):]
                 break
         if name in ("encoder.to_latent.weight", "decoder.image_head.proj.weight", "decoder.strip_head.proj.weight"):
-            value = value.flatten(1)                         # a 1 x 1 convolution there, a linear layer here
+            value = value.flatten(min(1, value.ndim - 1))     # a 1 x 1 convolution there, a linear layer here
         renamed[name] = value
+    needed = {"quantizer.codebook": 2, "encoder.patch_embed.weight": 4, "encoder.patch_positions": 2, "decoder.buffer_tokens": 2}
+    wrong = [f"{name} is missing" if name not in renamed else f"{name} is {tuple(renamed[name].shape)}, not {ndim}-dimensional"
+             for name, ndim in needed.items() if name not in renamed or renamed[name].ndim != ndim]
+    if wrong:
+        raise InputError(f"this released tokenizer does not fit the model: {'; '.join(wrong)}")
     codes, dim = renamed["quantizer.codebook"].shape
     width, _, patch, _ = renamed["encoder.patch_embed.weight"].shape
     buffer, decoder_width = renamed["decoder.buffer_tokens"].shape

@@ -8,7 +8,6 @@ it), ar.pt (the finished model), log.jsonl and pictures/.
 """
 import argparse
 import itertools
-import math
 import os
 import time
 from dataclasses import asdict
@@ -23,13 +22,18 @@ from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
 from data import InputError
 from tokenizer import load_tokenizer
 from train_tokenizer import (FIXED, add_run_arguments, check_resumed, check_run_arguments, learning_rate, no_sync,
-                             refuse_overwrite, seed_step, wrap)
+                             refuse_overwrite, wrap)
 
 PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
 RECIPES = {
     "tiny": dict(steps=6000, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
     "B": PAPER, "L": PAPER, "XL": {**PAPER, "steps": 250_000},
 }
+
+
+def seed_step(seed, step, rank):
+    """Dropout masks follow from (seed, step, rank): a resumed run draws the same ones, other ranks or micro-batches others."""
+    torch.manual_seed(int(data.generator("step", seed, step, rank).integers(2 ** 62)))
 
 
 def drop_classes(classes, keys, probability, seed, null):
@@ -87,7 +91,7 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, 
         state = data.load_checkpoint(path, "ar")
         check_resumed(path, {**state["args"], **state["config"], "tokenizer": state["tokenizer"]},
                       argparse.Namespace(**{**vars(args), **asdict(config), "tokenizer": fingerprint}),
-                      FIXED + ["steps", "final_lr", "class_dropout", "tokenizer"] + list(asdict(config)))
+                      FIXED + ["class_dropout", "tokenizer"] + list(asdict(config)))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -161,7 +165,6 @@ def main():
     parser.add_argument("--tokenizer", help="a trained tokenizer (default: tokenizer.pt in --out)")
     parser.add_argument("--cache", help="folder of the token cache (default: tokens in --out)")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--final-lr", type=float, help="learning rate at the last step")
     parser.add_argument("--dropout", type=float, help="in place of the preset's")
     parser.add_argument("--class-dropout", type=float, default=0.1, help="share of pictures that train the null class")
     add_run_arguments(parser)
@@ -173,7 +176,8 @@ def main():
                          f"found {args.steps} and {args.class_dropout}")
     rank, ranks, device = check_run_arguments(args, RECIPES[args.preset])
     if not args.resume:
-        refuse_overwrite(f"{args.out}/ar_state.pt")
+        for name in ("ar_state.pt", "ar.pt"):
+            refuse_overwrite(f"{args.out}/{name}")
     tokenizer = load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device)
     train_set, val_set = data.open_data(args.data, args.val_data, tokenizer.config.image_size, args.seed, args.skip_bad_images,
                                         args.num_pictures)

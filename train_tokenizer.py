@@ -51,6 +51,7 @@ def add_run_arguments(parser):
     parser.add_argument("--batch-size", type=int, help="images a step, over all ranks")
     parser.add_argument("--accum", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--final-lr", type=float, help="learning rate that a cosine ends at")
     parser.add_argument("--warmup", type=int, help="steps of linear warmup")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,9 +78,9 @@ def check_run_arguments(args, recipe):
     for name in ("batch_size", "accum", "lr", "clip", "num_pictures", "eval_every", "eval_images", "save_every"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} is above zero, found {getattr(args, name)}")
-    for name in ("seed", "warmup", "workers"):
+    for name in ("seed", "warmup", "workers", "final_lr"):
         if (getattr(args, name) or 0) < 0:
-            raise InputError(f"--{name} is at least 0, found {getattr(args, name)}")
+            raise InputError(f"--{name.replace('_', '-')} is at least 0, found {getattr(args, name)}")
     rank, ranks, device = data.start_ranks(args.device)
     if args.batch_size % (ranks * args.accum):
         raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {ranks} ranks in {args.accum} micro-batches; "
@@ -88,12 +89,11 @@ def check_run_arguments(args, recipe):
         args.workers = 8 if device.type == "cuda" else 0
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     return rank, ranks, device
 
 
-FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_pictures", "dtype"]   # a resumed run keeps these
+FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_pictures", "dtype",
+         "steps", "final_lr"]                 # a resumed run keeps these
 
 
 def check_resumed(path, saved, args, names):
@@ -110,16 +110,11 @@ def refuse_overwrite(path):
 
 
 def learning_rate(step, steps, warmup, peak, final):
-    """Linear warmup to `peak`, then a cosine to `final` at the last step."""
+    """Linear warmup to `peak`, then a cosine to `final`, which the step after the last would reach."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def seed_step(seed, step, rank):
-    """Dropout masks follow from (seed, step, rank): a resumed run draws the same ones, another number of ranks does not."""
-    torch.manual_seed(int(data.generator("step", seed, step, rank).integers(2 ** 62)))
 
 
 def wrap(model, ranks, device):
@@ -147,9 +142,9 @@ def tokenizer_losses(output, images, config, quantizer_weight):
     output: what Tokenizer.forward returned for images (B, 3, H, W) in [0, 1]. -> {name: scalar}, {name: weight}
     """
     image, strip, quantizer_loss, _ = output
-    losses, weights = {"mse": F.mse_loss(image.float(), images)}, {"mse": 1.0}
+    losses, weights = {"mse": F.mse_loss(image, images)}, {"mse": 1.0}
     if strip is not None:
-        losses["strip"] = F.mse_loss(strip.float(), strip_target(images, config.patch_size))
+        losses["strip"] = F.mse_loss(strip, strip_target(images, config.patch_size))
         weights["strip"] = 10 * (config.grid + 1) / config.grid ** 2
     if quantizer_loss.requires_grad:
         losses["quantizer"], weights["quantizer"] = quantizer_loss, quantizer_weight
@@ -171,6 +166,7 @@ def evaluate(model, val, args, device, rank, ranks, picture):
         images = data.to_float(images, device)
         total += psnr(model.decode(model.encode(images)), images).sum().item()
     if rank == 0:
+        # index + k, since pictures at even distances have digits of their class in common
         shown = [min(index + k, len(val) - 1) for k, index in enumerate(data.spread(len(val), 8))]
         images = data.to_float(torch.stack([val.read(0, index)[0] for index in shown]), device)
         data.save_grid(picture, torch.cat([images, model.decode(model.encode(images))]), len(images))
@@ -192,7 +188,7 @@ def train_stage(stage, model, train, val, args, device, rank, ranks):
     if args.resume and os.path.exists(path):
         state = data.load_checkpoint(path, "tokenizer")
         check_resumed(path, {**state["args"], **state["config"]}, argparse.Namespace(**{**vars(args), **asdict(config)}),
-                      FIXED + ["steps"] + list(asdict(config)))
+                      FIXED + list(asdict(config)))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -266,7 +262,6 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--stage", choices=["1", "2", "both"], default="both")
     parser.add_argument("--steps", type=int, nargs=2, metavar=("STAGE1", "STAGE2"), help="steps of the two stages")
-    parser.add_argument("--final-lr", type=float, help="learning rate at the last step")
     for name in CHANGES:
         kind = str if name == "encoder" else int
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"in place of the preset's {name.replace('_', ' ')}"
@@ -284,8 +279,8 @@ def main():
     train, val = data.open_data(args.data, args.val_data, config.image_size, args.seed, args.skip_bad_images, args.num_pictures)
     stages = [1, 2] if args.stage == "both" else [int(args.stage)]
     if not args.resume:
-        for stage in stages:
-            refuse_overwrite(f"{args.out}/tokenizer_stage{stage}.pt")
+        for name in [f"tokenizer_stage{stage}.pt" for stage in stages] + ["tokenizer.pt"] * (1 in stages):
+            refuse_overwrite(f"{args.out}/{name}")
 
     def finish(model):
         if rank == 0:
@@ -300,7 +295,10 @@ def main():
         if not os.path.exists(f"{args.out}/tokenizer_stage2.pt"):
             finish(model)
     if 2 in stages:
-        model = load_tokenizer(f"{args.out}/tokenizer_stage1.pt", device)
+        path = f"{args.out}/tokenizer_stage1.pt"
+        model = load_tokenizer(path, device)
+        if model.config != config:
+            raise InputError(f"{path} has another shape than these flags ask for: {model.config}; give the flags of stage 1")
         torch.manual_seed(args.seed + 1)
         model.swap_decoder()
         train_stage(2, model, train, val, args, device, rank, ranks)

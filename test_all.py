@@ -585,7 +585,7 @@ def test_npz_of_every_class_resumes(trained, tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert not path.exists()
-    before = int(np.load(done).sum())
+    before = int(np.load(done, allow_pickle=False).sum())
     assert 0 < before < 1000
     code, _, err = command(sample, "--npz", path, *words, "--seed", 1)
     assert code == 2 and "painted with other settings (seed 0, now 1)" in err
@@ -790,7 +790,7 @@ def test_statistics_stand_for_the_images_beside_them(tmp_path, inception):
     direct, stats = (json.loads(command(fid, tmp_path / name, tmp_path / "b.npz", *call)[1]) for name in ("a.npz", "s.npz"))
     assert stats["FID"] == pytest.approx(direct["FID"], abs=1e-9) and stats["sFID"] == pytest.approx(direct["sFID"], abs=1e-9)
     assert stats["precision"] is None and stats["IS"] == direct["IS"] and stats["images"] == [5, 7]
-    kept = dict(np.load(tmp_path / "s.npz"))
+    kept = dict(np.load(tmp_path / "s.npz", allow_pickle=False))
     np.savez(tmp_path / "both.npz", arr_0=images[2:], **{**kept, "mu": kept["mu"] + 1, "mu_s": kept["mu_s"] + 2})
     both = json.loads(command(fid, tmp_path / "both.npz", tmp_path / "b.npz", *call)[1])
     assert both["precision"] == both["recall"] == 1 and abs(both["FID"] - direct["FID"]) > 1000

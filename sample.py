@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -26,10 +27,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def find_weights(args):
     """Paths of tokenizer and AR model: as given, else the trained pair in --out, else the demo pair that comes along."""
-    for folder in (args.out, os.path.join(HERE, "weights")):
+    demo = os.path.join(HERE, "weights")
+    for folder in (args.out, demo):
         pair = [os.path.join(folder, name) for name in ("tokenizer.pt", "ar.pt")]
         if all(map(os.path.exists, pair)):
             break
+    if folder == demo and not (args.tokenizer and args.ar) and data.rank_and_count()[0] == 0:
+        print(f"no tokenizer.pt and ar.pt together in {args.out}: taking the demo model in weights/", file=sys.stderr)
     return args.tokenizer or pair[0], args.ar or pair[1]
 
 

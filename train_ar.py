@@ -22,7 +22,7 @@ from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
 from data import InputError
 from tokenizer import load_tokenizer
 from train_tokenizer import (FIXED, add_run_arguments, check_resumed, check_run_arguments, learning_rate, no_sync,
-                             refuse_overwrite, wrap)
+                             refuse_overwrite, state_to_resume, wrap)
 
 PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
 RECIPES = {
@@ -87,7 +87,7 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, 
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.startswith("embeddings")]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
                                   betas=(0.9, 0.96), weight_decay=0.03, fused=device.type != "mps")
-    if args.resume and os.path.exists(path):
+    if state_to_resume(path, args.resume):
         state = data.load_checkpoint(path, "ar")
         check_resumed(path, {**state["args"], **state["config"], "tokenizer": state["tokenizer"]},
                       argparse.Namespace(**{**vars(args), **asdict(config), "tokenizer": fingerprint}),
@@ -164,7 +164,7 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--tokenizer", help="a trained tokenizer (default: tokenizer.pt in --out)")
     parser.add_argument("--cache", help="folder of the token cache (default: tokens in --out)")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="steps to train (default: the preset's)")
     parser.add_argument("--dropout", type=float, help="in place of the preset's")
     parser.add_argument("--class-dropout", type=float, default=0.1, help="share of pictures that train the null class")
     add_run_arguments(parser)

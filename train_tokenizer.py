@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 
@@ -57,11 +58,11 @@ def add_run_arguments(parser):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-pictures", type=int, default=50_000, help="size of the built-in training set")
     parser.add_argument("--workers", type=int, help="reading processes a rank (default: 8 with a GPU, else 0)")
-    parser.add_argument("--eval-every", type=int, default=500)
-    parser.add_argument("--eval-images", type=int, default=256)
+    parser.add_argument("--eval-every", type=int, default=500, help="steps between evaluations")
+    parser.add_argument("--eval-images", type=int, default=256, help="validation pictures an evaluation looks at")
     parser.add_argument("--eval-fid", action="store_true", help="also log fid.py's metrics over --eval-images pictures")
     parser.add_argument("--inception", metavar="PATH", help="for --eval-fid: weights (default: downloaded once) or 'random'")
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=500, help="steps between saves, and the most that a kill can cost")
     parser.add_argument("--skip-bad-images", action="store_true", help="put the next readable image in an unreadable one's place")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -102,6 +103,13 @@ def check_resumed(path, saved, args, names):
     if changed:
         raise InputError(f"{path} was trained with other settings ({'; '.join(changed)}); resume with the old ones, "
                          "or start anew in another --out")
+
+
+def state_to_resume(path, resume):
+    """Whether there is a training state to go on from; says so when --resume was given and there is none."""
+    if resume and not os.path.exists(path) and data.rank_and_count()[0] == 0:
+        tqdm.write(f"nothing to resume at {path}: starting anew", file=sys.stderr)
+    return resume and os.path.exists(path)
 
 
 def refuse_overwrite(path):
@@ -185,7 +193,7 @@ def train_stage(stage, model, train, val, args, device, rank, ranks):
     groups = [{"params": [p for p in parameters if p.ndim > 1]},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=1e-4, fused=device.type != "mps")  # decay: ours
-    if args.resume and os.path.exists(path):
+    if state_to_resume(path, args.resume):
         state = data.load_checkpoint(path, "tokenizer")
         check_resumed(path, {**state["args"], **state["config"]}, argparse.Namespace(**{**vars(args), **asdict(config)}),
                       FIXED + list(asdict(config)))
@@ -261,7 +269,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--stage", choices=["1", "2", "both"], default="both")
-    parser.add_argument("--steps", type=int, nargs=2, metavar=("STAGE1", "STAGE2"), help="steps of the two stages")
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("STAGE1", "STAGE2"), help="such as 20000 12000")
     for name in CHANGES:
         kind = str if name == "encoder" else int
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"in place of the preset's {name.replace('_', ' ')}"

@@ -8,7 +8,6 @@ it), ar.pt (the finished model), log.jsonl and pictures/.
 """
 import argparse
 import itertools
-import os
 import time
 from dataclasses import asdict
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data import InputError, fill, generator, load_checkpoint
 
@@ -101,8 +102,10 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, at:at + 1], cache[1, :, :, at:at + 1] = k, v
             k, v = cache[0, :, :, :at + 1], cache[1, :, :, :at + 1]
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=cache is None,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        dtype = torch.float32 if v.device.type == "cpu" else v.dtype             # bfloat16 attention is slow on CPUs
+        with torch.autocast(v.device.type, enabled=False):
+            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=cache is None,
+                                               dropout_p=self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, T, C))
 
 
@@ -138,6 +141,7 @@ class Block(nn.Module):
 
 class ARModel(nn.Module):
     """Classes are (B,) int64; `num_classes` is the null class of classifier-free guidance. Tokens are (B, T) int64."""
+    recompute = False            # save memory in training: compute what happens inside a block again in the backward pass
 
     def __init__(self, config):
         super().__init__()
@@ -162,8 +166,10 @@ class ARModel(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens are more than the {self.config.num_tokens} of an image")
         sequence = torch.cat([self.config.codebook_size + 1 + classes[:, None], tokens], 1)            # (B, 1 + T)
         x = self.drop(self.embeddings(sequence))
+        table = self.table[:, :x.shape[1]]
         for block in self.blocks:
-            x = block(x, self.table[:, :x.shape[1]])
+            x = (checkpoint(block, x, table, use_reentrant=False) if self.recompute and torch.is_grad_enabled()
+                 else block(x, table))
         return self.output(self.norm(x))
 
     def step(self, ids, at, caches):

@@ -17,7 +17,9 @@ import json
 import math
 import os
 import re
+import socket
 import sys
+import time
 import zipfile
 import zlib
 
@@ -26,6 +28,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -121,10 +124,10 @@ def draw_shape(seed, split, index, size):
     label = index % 1000
     rng = generator("shapes " + split, seed, index)
     x, y = pixel_centres(size)
-    angle, radius = rng.uniform(-0.4, 0.4), rng.uniform(0.25, 0.36)
-    cx, cy = rng.uniform(-0.13, 0.13, 2)
-    tints = rng.uniform(-0.05, 0.05, (2, 3)).astype(np.float32)
-    lights = rng.uniform(-0.28, 0.28, (2, 2))
+    angle, radius = rng.uniform(-0.3, 0.3), rng.uniform(0.3, 0.4)
+    cx, cy = rng.uniform(-0.08, 0.08, 2)
+    tints = rng.uniform(-0.03, 0.03, (2, 3)).astype(np.float32)
+    lights = rng.uniform(-0.15, 0.15, (2, 2))
     cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
     u, v = (x - cx) * cos + (y - cy) * sin, (y - cy) * cos - (x - cx) * sin
     cover = np.clip(0.5 - signed_distance(SHAPES[label // 100], u, v) * (radius * size), 0, 1)[..., None]
@@ -203,12 +206,27 @@ def random_crop(image, size, rng):
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
+CENTRE_CROPS = ["centre", "centre mirrored"]
+TEN_CROPS = [place + mirrored for mirrored in ("", " mirrored")
+             for place in ("top left", "top right", "bottom left", "bottom right", "centre")]
+
+
+def five_crops(image, size):
+    """PIL image -> list of (size, size, 3) uint8: corners and centre of a centre crop 1.1 times as large (the paper's, mirrored
+    ones aside)."""
+    wide = int(1.1 * size)
+    pixels, far, middle = centre_crop(image, wide), wide - size, (wide - size) // 2
+    return [pixels[top:top + size, left:left + size]
+            for top, left in ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))]
+
+
 class ImageFolder:
     """Images in one sub-folder a class, as in ImageNet (`n01440764/x.JPEG`); sorted folder names give the class ids.
 
     files: list of (path, class id). Training draws a random crop and flip from (seed, epoch, index), validation the centre.
+    `crops` names what the token cache keeps of a picture: CENTRE_CROPS, or TEN_CROPS if so set.
     """
-    crops = ["centre", "centre mirrored"]
+    crops = CENTRE_CROPS
 
     def __init__(self, name, files, classes, size, seed, training, skip_bad):
         self.name, self.classes, self.size, self.seed = name, classes, size, seed
@@ -242,8 +260,10 @@ class ImageFolder:
         return to_tensor(pixels), int(self.labels[index])
 
     def read_crops(self, index):
-        pixels = to_tensor(centre_crop(self.open(index), self.size))
-        return torch.stack([pixels, pixels.flip(-1)])
+        image, size = self.open(index), self.size
+        crops = torch.stack([to_tensor(pixels) for pixels in (five_crops(image, size) if len(self.crops) == 10
+                                                              else [centre_crop(image, size)])])
+        return torch.cat([crops, crops.flip(-1)])
 
 
 def to_tensor(pixels):
@@ -268,7 +288,7 @@ def list_folder(folder):
     return classes, files
 
 
-def open_data(data, val_data, size, seed, skip_bad=False, num_pictures=50_000):
+def open_data(data, val_data, size, seed, skip_bad=False, num_pictures=50_000, ten_crop=False):
     """--data and --val-data -> training and validation sets.
 
     `shapes`, or a folder of one sub-folder a class. Without a validation folder every 20th image, at least one, is held out.
@@ -276,6 +296,8 @@ def open_data(data, val_data, size, seed, skip_bad=False, num_pictures=50_000):
     if data == "shapes":
         if val_data:
             raise InputError("--val-data goes with an image folder; the built-in pictures have a validation set of their own")
+        if ten_crop:
+            raise InputError("--ten-crop goes with an image folder; the built-in pictures have no borders to crop")
         return Shapes("train", size, seed, num_pictures), Shapes("val", size, seed, 1000)
     classes, train = list_folder(data)
     if val_data:
@@ -289,17 +311,25 @@ def open_data(data, val_data, size, seed, skip_bad=False, num_pictures=50_000):
         val = train[19::20] or train[-1:]
         held_out = set(val)
         train = [file for file in train if file not in held_out]
-    return (ImageFolder(data, train, classes, size, seed, True, skip_bad),
-            ImageFolder(val_data or data, val, classes, size, seed, False, skip_bad))
+    train = ImageFolder(data, train, classes, size, seed, True, skip_bad)
+    if ten_crop:
+        train.crops = TEN_CROPS
+    return train, ImageFolder(val_data or data, val, classes, size, seed, False, skip_bad)
 
 
 # -----------------------------------------------------------------------------
 # Batches: an endless, shuffled stream that any step can be entered at
 
-def stream_index(n, seed, position):
-    """Place `position` of the endless shuffled stream over n items -> (epoch, index). Every epoch has its own order."""
-    epoch = position // n
-    return epoch, int(epoch_order(n, seed, epoch)[position % n])
+def stream_keys(n, seed, first, count):
+    """Places first .. first + count - 1 of the endless shuffled stream over n items -> (count, 2) int64 of (epoch, index).
+
+    Every epoch has its own order.
+    """
+    epochs, places = np.divmod(np.arange(first, first + count), n)
+    keys = np.stack([epochs, places], 1)
+    for epoch in range(epochs[0], epochs[-1] + 1):
+        keys[epochs == epoch, 1] = epoch_order(n, seed, epoch)[places[epochs == epoch]]
+    return keys
 
 
 @functools.lru_cache(maxsize=2)
@@ -319,7 +349,7 @@ class BatchKeys:
         while True:
             for part in range(self.accum):
                 first = step * self.batch_size + (self.rank * self.accum + part) * micro
-                yield [stream_index(self.n, self.seed, first + k) for k in range(micro)]
+                yield stream_keys(self.n, self.seed, first, micro)
             step += 1
 
 
@@ -481,6 +511,14 @@ def pick_device(name):
     return torch.device(name)
 
 
+def pick_dtype(name, device):
+    """--dtype of the matrix work in training: bfloat16 where the hardware has it, unless named."""
+    if name != "auto":
+        return name
+    fast = device.type == "cuda" or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+    return "bfloat16" if fast else "float32"
+
+
 def rank_and_count():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -498,6 +536,45 @@ def mean_over_ranks(values):
         dist.all_reduce(tensor)
         values = dict(zip(values, (tensor / dist.get_world_size()).tolist()))
     return values
+
+
+def benchmark(name, step, images, device, dtype, steps=4):
+    """Time step(k), which trains on `images` images, and print one JSON object.
+
+    milliseconds a step, images_per_s, peak_memory_gb (of the process on a CPU), teraflops_per_s, and mfu: those as a share of
+    what a large matrix product reaches in the same run. Attention on a CPU is not counted among the operations.
+    """
+    import resource                           # not there on Windows
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(call, times):
+        wait()
+        began = time.perf_counter()
+        for k in range(times):
+            call(k)
+        wait()
+        return (time.perf_counter() - began) / times
+
+    with FlopCounterMode(display=False) as counter:
+        step(0)
+    for k in (1, 2):                          # compiles, and fills the optimizer's state
+        step(k)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    took = seconds(step, steps)
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    seconds(lambda k: matrix @ matrix, 2)
+    rate = 2 * size ** 3 / seconds(lambda k: matrix @ matrix, 5)
+    done = counter.get_total_flops() / took
+    print(json.dumps({"step": name, "dtype": dtype, "batch": images, "ms": round(took * 1000, 1),
+                      "images_per_s": round(images / took, 2), "peak_memory_gb": round(peak / 1e9, 2),
+                      "teraflops_per_s": round(done / 1e12, 3), "mfu": round(done / rate, 3)}))
 
 
 # -----------------------------------------------------------------------------
@@ -568,9 +645,48 @@ def fill(model, state, path):
     model.load_state_dict(state)
 
 
-def file_digest(path):
+def file_digest(path, algorithm="sha256"):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, algorithm).hexdigest()[:16]
+
+
+def fetch(address, digest, instead):
+    """Path in torch.hub's folder of a file that others publish; rank 0 downloads it when it is missing.
+
+    digest: (algorithm, how the file's digest begins), checked before use. instead: what a user without network can do.
+    """
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
+    algorithm, begins = digest
+    if rank_and_count()[0] == 0:
+        if not os.path.exists(path):
+            before = socket.getdefaulttimeout()
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                socket.setdefaulttimeout(30)  # torch.hub sets none, and a firewall may keep it waiting for minutes
+                torch.hub.download_url_to_file(address, path + ".part")
+                if not file_digest(path + ".part", algorithm).startswith(begins):
+                    raise OSError(f"invalid hash value: its {algorithm} does not begin with {begins}")
+                os.replace(path + ".part", path)
+            except OSError as error:
+                raise InputError(f"can't download {os.path.basename(path)} ({error}); fetch {address} elsewhere and put it at "
+                                 f"{path}, or {instead}") from None
+            finally:
+                socket.setdefaulttimeout(before)
+        elif not file_digest(path, algorithm).startswith(begins):
+            raise InputError(f"{path} is damaged: its {algorithm} does not begin with {begins}; remove it")
+    barrier()
+    return path
+
+
+def load_weights(path):
+    """The state dict in a weights file of others, on the CPU. InputError when it can't be loaded without running code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                # pickle, zip and torch each have their own kinds
+        raise InputError(f"{path} can't be loaded as weights ({str(error).strip().splitlines()[0]})") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path} can't be loaded as weights: it holds a {type(state).__name__}")
+    return state
 
 
 class Log:

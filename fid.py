@@ -18,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import socket
 import sys
 import time
 import zipfile
@@ -164,40 +163,17 @@ def load_inception(choice=None, device=torch.device("cpu")):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     net.origin = "random"
     if choice != "random":
-        path = choice or download()
-        try:
-            net.origin = data.file_digest(path)[:len(PUBLISHED)]
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:            # pickle, zip and torch each have their own kinds
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{path} can't be loaded as weights ({reason}); --inception takes {WEIGHTS}, or 'random'") from None
+        path = choice or data.fetch(ADDRESS, ("sha256", PUBLISHED), "name it with --inception PATH; --inception random does "
+                                    "without, for trials only")
+        state = data.load_weights(path)
+        net.origin = data.file_digest(path)[:len(PUBLISHED)]
         wanted = {name: value.shape for name, value in net.state_dict().items()}
-        if not isinstance(state, dict) or {name: getattr(value, "shape", None) for name, value in state.items()} != wanted:
+        if {name: getattr(value, "shape", None) for name, value in state.items()} != wanted:
             raise InputError(f"{path} holds another network than the Inception of 2015-12-05, whose file is {WEIGHTS}")
         net.load_state_dict(state)
     if device.type == "cpu":
         net.to(memory_format=torch.channels_last)                            # 1.7 times as fast there
     return net.to(device).eval().requires_grad_(False)
-
-
-def download():
-    """Path of the published weights; rank 0 fetches and checks them when they are missing."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS)
-    if data.rank_and_count()[0] == 0 and os.path.exists(path) and not data.file_digest(path).startswith(PUBLISHED):
-        raise InputError(f"{path} is damaged: its sha256 does not begin with {PUBLISHED}; remove it")
-    if data.rank_and_count()[0] == 0 and not os.path.exists(path):
-        before = socket.getdefaulttimeout()
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            socket.setdefaulttimeout(30)      # torch.hub sets none, and a firewall may keep it waiting for minutes
-            torch.hub.download_url_to_file(ADDRESS, path, hash_prefix=PUBLISHED)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"can't download the Inception weights ({error}); fetch {ADDRESS} elsewhere and put it at {path}, "
-                             "or name it with --inception PATH; --inception random does without, for trials only") from None
-        finally:
-            socket.setdefaulttimeout(before)
-    data.barrier()
-    return path
 
 
 # -----------------------------------------------------------------------------

@@ -148,10 +148,23 @@ def test_folder_ids_and_held_out_images(tmp_path):
     assert all(os.path.basename(os.path.dirname(path)) == train.classes[label] for path, label in zip(train.paths, train.labels))
 
 
+def test_ten_crops(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (44, 60, 3), dtype=np.uint8)       # 44 = 1.1 * 40: nothing to resize
+    os.makedirs(tmp_path / "cat")
+    for name in "ab":
+        Image.fromarray(pixels).save(tmp_path / "cat" / f"{name}.png")
+    train, val = data.open_data(str(tmp_path), None, 40, 0, ten_crop=True)
+    found = train.read_crops(0).permute(0, 2, 3, 1).numpy()
+    assert found.shape == (10, 40, 40, 3) and len(set(train.crops)) == 10 and len(val.crops) == 2
+    for k, (top, left) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]):             # the square begins at column 8
+        expected = pixels[top:top + 40, 8 + left:48 + left]
+        assert np.array_equal(found[k], expected) and np.array_equal(found[5 + k], expected[:, ::-1])
+
+
 def test_batches_do_not_depend_on_ranks_accumulation_or_workers(tmp_path):
     def keys(ranks, accum, start=0, steps=5):
         streams = [iter(data.BatchKeys(23, 7, 8, accum, start, rank, ranks)) for rank in range(ranks)]
-        return [[key for stream in streams for _ in range(accum) for key in next(stream)] for _ in range(steps)]
+        return [[tuple(key) for stream in streams for _ in range(accum) for key in next(stream)] for _ in range(steps)]
 
     assert keys(1, 1) == keys(2, 1) == keys(2, 2) == keys(4, 2)
     assert keys(1, 1)[3:] == keys(1, 1, start=3, steps=2)
@@ -545,11 +558,13 @@ def test_two_ranks_train_like_one(script, trained, tmp_path):
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         if script == "train_tokenizer":
-            torchrun(ranks, "train_tokenizer.py", "--out", out, "--steps", 20, 20, *TOKENIZER, "--accum", 3 - ranks)
+            torchrun(ranks, "train_tokenizer.py", "--out", out, "--steps", 20, 20, *TOKENIZER, "--accum", 3 - ranks,
+                     "--recipe", "paper", "--no-perceptual", "--dtype", "float32")
         else:
-            torchrun(ranks, "train_ar.py", "--out", out, "--tokenizer", trained / "tokenizer.pt", *AR, "--accum", ranks)
-    compared = {"train_tokenizer": [("tokenizer stage 1", "loss"), ("tokenizer stage 2", "loss"),
-                                    ("tokenizer stage 2", "val_psnr")],
+            torchrun(ranks, "train_ar.py", "--out", out, "--tokenizer", trained / "tokenizer.pt", *AR, "--accum", ranks,
+                     "--dtype", "float32")
+    compared = {"train_tokenizer": [("tokenizer stage 1", "loss"), ("tokenizer stage 1", "discriminator"),
+                                    ("tokenizer stage 2", "loss"), ("tokenizer stage 2", "val_psnr")],
                 "train_ar": [("ar", "loss"), ("ar", "val_loss")]}
     for run, key in compared[script]:
         one, two = (log_of(tmp_path / ranks, run, key) for ranks in "12")
@@ -560,7 +575,7 @@ def test_two_ranks_cluster_like_one(tmp_path):
     """The first step moves every code onto a latent of some rank: the same one, as there is no rounding to part them yet."""
     for ranks in (1, 2):
         torchrun(ranks, "train_tokenizer.py", "--out", tmp_path / str(ranks), "--stage", 1, "--steps", 1, 1, *TOKENIZER,
-                 "--accum", 3 - ranks)
+                 "--accum", 3 - ranks, "--dtype", "float32")
     one, two = (load_tokenizer(tmp_path / ranks / "tokenizer_stage1.pt").quantizer for ranks in "12")
     assert torch.allclose(one.codebook, two.codebook, atol=1e-6) and torch.allclose(one.usage, two.usage)
 
@@ -604,7 +619,7 @@ def test_npz_of_every_class_resumes(trained, tmp_path):
 @pytest.mark.parametrize("script,state", [("train_tokenizer", "tokenizer_stage1.pt"), ("train_ar", "ar_state.pt")])
 def test_killed_and_resumed_equals_uninterrupted(script, state, trained, tmp_path):
     words = (["--steps", 60, 1, "--stage", 1, *TOKENIZER] if script == "train_tokenizer" else
-             ["--tokenizer", trained / "tokenizer.pt", *AR, "--dropout", 0.1]) + ["--save-every", 5]
+             ["--tokenizer", trained / "tokenizer.pt", *AR, "--dropout", 0.1]) + ["--save-every", 5, "--dtype", "float32"]
     whole, broken, module = tmp_path / "whole", tmp_path / "broken", sys.modules[script]
     assert command(module, "--out", whole, *words)[0] == 0
     call = [sys.executable, os.path.join(HERE, script + ".py"), "--out", str(broken), *map(str, words)]
@@ -649,6 +664,126 @@ def test_image_folder_end_to_end(tmp_path):
     assert cache.tokens.shape == (23, 2, 21)                                   # the centre crop and its mirror image
     code, words, _ = command(sample, "--out", out, "--class", "dog", "0", "--n", 2)
     assert code == 0 and "1 (dog), 0 (cat)" in words
+
+
+# -----------------------------------------------------------------------------
+# The published recipe: perceptual and adversarial losses, phases
+
+def vision_state(net, kind):
+    """Weights by the rule that the reference outputs of these networks were made with."""
+    def named(name):
+        return f"lpips/lin{name[4:]}.model.1.weight" if name.startswith("lin.") else f"{kind}/{name}"
+
+    state = {name: rebuild(named(name), value.shape, 7) for name, value in net.state_dict().items()}
+    return {name: value.abs() if name.startswith("lin.") else value for name, value in state.items()}
+
+
+def test_vision_networks_compute_what_the_published_ones_would():
+    a, b = (torch.from_numpy(pictures(2, 256, first)).permute(0, 3, 1, 2) / 255 for first in (0, 2))
+    convnext, lpips = train_tokenizer.ConvNeXt(), train_tokenizer.LPIPS()
+    convnext.load_state_dict(vision_state(convnext, "convnext"))
+    lpips.load_state_dict(vision_state(lpips, "vgg"))
+    with torch.no_grad():
+        found = [*convnext(a)[0, ::250], train_tokenizer.perceptual_loss(convnext, a, b), *lpips(a, b)]
+    assert np.allclose(found, VISION, rtol=1e-4), np.array(found).tolist()
+
+
+VISION = [-1.7676, -1.90766, 1.5448, -0.0408118, 3.0557, 0.300521, 0.274872]    # four logits, the loss, two distances
+
+
+RECIPE = ["--recipe", "paper", "--image-size", 32, "--patch-size", 8, "--codebook-size", 64, "--batch-size", 2, "--seed", 3,
+          "--eval-images", 2, "--dtype", "float32", "--vision-weights", "random"]
+
+
+def stage_args(out, *words):
+    """The arguments that training with the paper's recipe gets, as its main() makes them."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "train_stage", lambda *args: found.update(args=args[4]) or sys.exit(0))
+        command(train_tokenizer, "--out", out, *RECIPE, *words)
+    return found["args"]
+
+
+def test_losses_reach_the_decoder_in_turns_and_never_the_networks(tmp_path):
+    args, device = stage_args(tmp_path, "--steps", 12, 12), torch.device("cpu")
+    vision = train_tokenizer.load_vision("random", device)
+    stage = train_tokenizer.Stage(1, small_tokenizer().train(), args, vision, device, 1)
+    assert [(phase.name, phase.steps) for phase in stage.phases] == [("lpips", 2), ("perceptual", 7), ("gan", 3)]
+    parts = {"tokenizer": stage.model.encoder, "decoder": stage.model.decoder, "discriminator": stage.discriminator, **vision}
+    images = torch.from_numpy(pictures(2)).permute(0, 3, 1, 2)
+    for step, (moved, terms) in {0: ("tokenizer", "lpips"), 2: ("tokenizer", "perceptual"), 9: ("discriminator", ""),
+                                 10: ("tokenizer", "gan"), 11: ("discriminator", "")}.items():
+        before = {name: [p.clone() for p in net.parameters()] for name, net in parts.items()}
+        stage.step(step, [images])
+        for name, net in parts.items():
+            same = all(map(torch.equal, before[name], net.parameters()))
+            assert same == (name not in {"tokenizer": ("tokenizer", "decoder"), "discriminator": ("discriminator",)}[moved]), name
+        assert all(p.grad is None for net in vision.values() for p in net.parameters())
+        assert ("gan" in stage.last) == (step > 9) and ("discriminator" in stage.last) == (step > 8) and (
+            ("lpips" in stage.last) == (step < 2)), (step, stage.last)
+    image = torch.rand(2, 3, 32, 32, requires_grad=True)
+    for loss in (train_tokenizer.perceptual_loss(vision["perceptual"], image, images / 255),
+                 vision["lpips"](image, images / 255).mean(), -stage.discriminator(image).mean()):
+        assert torch.autograd.grad(loss, image)[0].abs().max() > 0
+
+
+def test_step_that_is_not_finite_changes_nothing(tmp_path):
+    stage = train_tokenizer.Stage(1, small_tokenizer().train(), stage_args(tmp_path, "--no-perceptual"), {},
+                                  torch.device("cpu"), 1)
+    images = torch.from_numpy(pictures(2)).permute(0, 3, 1, 2).float()
+    stage.step(0, [images])
+    before = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    stage.step(1, [images.where(images < 200, torch.nan)])
+    assert all(torch.equal(value, before[name]) for name, value in stage.model.state_dict().items())
+    assert (stage.skipped, stage.in_row) == (1, 1)
+    stage.step(2, [images])
+    assert (stage.skipped, stage.in_row) == (1, 0) and not torch.equal(before["quantizer.codebook"], stage.model.quantizer.codebook)
+
+
+def test_interrupted_in_every_phase_equals_uninterrupted(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "photos", each=6)
+    words = ["--data", folder, *RECIPE, "--steps", 6, 6, "--save-every", 1]
+    assert command(train_tokenizer, "--out", tmp_path / "whole", *words)[0] == 0
+    breaks, step = [(1, 0), (1, 2), (1, 5), (2, 0), (2, 3), (2, 4)], train_tokenizer.Stage.step
+
+    def interrupted(stage, at, batches):
+        if (stage.number, at) in breaks:
+            breaks.remove((stage.number, at))
+            raise KeyboardInterrupt
+        return step(stage, at, batches)
+
+    monkeypatch.setattr(train_tokenizer.Stage, "step", interrupted)
+    resume = []
+    while breaks:
+        assert command(train_tokenizer, "--out", tmp_path / "broken", *words, *resume)[0] == 130
+        resume = ["--resume"]
+    assert command(train_tokenizer, "--out", tmp_path / "broken", *words, *resume)[0] == 0
+    for number in (1, 2):
+        a, b = (torch.load(tmp_path / name / f"tokenizer_stage{number}.pt", weights_only=True) for name in ("whole", "broken"))
+        for part in ("model", "discriminator"):
+            assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
+        assert a["losses"] == b["losses"] and {"gan", "discriminator", "perceptual"} < set(a["losses"])
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "broken" / "log.jsonl").read_text()
+    assert torch.load(tmp_path / "whole" / "tokenizer.pt", weights_only=True)["perceptual"]
+
+
+def test_recomputing_activations_changes_no_gradient():
+    images, classes, gradients = torch.rand(2, 3, 32, 32), torch.tensor([1, 2]), []
+    for recompute in (False, True):
+        tokenizer, model = small_tokenizer().train(), small_ar(dropout=0.1).train()
+        tokenizer.encoder.recompute = tokenizer.decoder.recompute = model.recompute = recompute
+        tokenizer(images)[0].sum().backward()
+        torch.manual_seed(1)
+        model(torch.zeros(2, 20, dtype=torch.long), classes).logsumexp(-1).sum().backward()
+        gradients.append([p.grad for net in (tokenizer, model) for p in net.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 60 and all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("module", [train_tokenizer, train_ar])
+def test_benchmark_measures_a_step(module):
+    code, out, _ = command(module, "--benchmark", "--batch-size", 4, "--grad-checkpoint")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0 and found["batch"] == 4 and 0 < found["mfu"] < 1 and found["peak_memory_gb"] > 0
 
 
 # -----------------------------------------------------------------------------
@@ -896,7 +1031,7 @@ def test_bad_images(words, says, wrong):
 def test_weights_are_downloaded_once_and_checked(wrong, tmp_path, monkeypatch, inception):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(fid, "ADDRESS", "http://127.0.0.1:9/weights.pth")
-    place = tmp_path / "hub" / "checkpoints" / fid.WEIGHTS
+    place = tmp_path / "hub" / "checkpoints" / "weights.pth"
     code, _, err = command(fid, wrong / "good.npz")
     assert code == 2 and all(word in err for word in (fid.ADDRESS, str(place), "--inception PATH", "--inception random")), err
     monkeypatch.setattr(fid, "ADDRESS", inception.as_uri())
@@ -950,7 +1085,11 @@ def bad(tmp_path, trained):
     ("train_tokenizer", "--data {tmp}/nothing", "no images in {tmp}/nothing/cat"),
     ("train_tokenizer", "--data {tmp}/broken --steps 50 50 --batch-size 4", "{tmp}/broken/cat/7.jpg is not a readable image"),
     ("train_tokenizer", "--data {tmp}/broken --steps 50 50 --batch-size 4 --workers 2", "cat/7.jpg is not a readable image"),
-    ("train_tokenizer", "--image-size 60", "image size 60 is not a multiple of the patch size 16"),
+    ("train_tokenizer", "--image-size 60", "image size 60 is not a multiple of the patch size 8"),
+    ("train_tokenizer", "--recipe paper --vision-weights {tmp}/empty", "no {tmp}/empty/convnext_small-0c510722.pth"),
+    ("train_tokenizer", "--recipe paper --no-perceptual --steps 2 9", "2 steps are too few for the 3 phases of a stage"),
+    ("train_tokenizer", "--lr 1e30 --steps 60 1 --batch-size 4 --image-size 32", "steps up to 20 were not finite; nothing is saved"),
+    ("train_ar", "--ten-crop --tokenizer {trained}/tokenizer.pt", "--ten-crop goes with an image folder"),
     ("train_tokenizer", "--batch-size 9 --accum 2", "a batch of 9 can't be shared evenly by 1 ranks in 2 micro-batches"),
     ("train_tokenizer", "--batch-size 0", "--batch-size is above zero, found 0"),
     ("train_tokenizer", "--steps 0 5", "--steps takes two numbers above zero"),

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data import InputError, fill, load_checkpoint
 
@@ -67,9 +68,10 @@ class TokenizerConfig:
 
 PRESETS = {
     # Ours: small enough for two CPU cores, for the built-in pictures.
-    "tiny": dict(image_size=64, patch_size=16, encoder_width=128, encoder_depth=3, decoder_width=128, decoder_depth=4,
-                 head_dim=32, codebook_size=1024, codebook_dim=8, buffer_tokens=8, init="narrow"),
+    "tiny": dict(image_size=64, patch_size=8, encoder_width=128, encoder_depth=2, decoder_width=128, decoder_depth=4,
+                 head_dim=64, codebook_size=1024, codebook_dim=8, buffer_tokens=8, init="narrow"),
     "imagenet256": dict(),
+    "imagenet512": dict(image_size=512),      # ours: the paper does not say; 1057 tokens, or 273 with --patch-size 32
 }
 
 
@@ -88,7 +90,9 @@ class Attention(nn.Module):
     def forward(self, x, causal=False, mask=None):
         B, T, C = x.shape
         q, k, v = self.in_proj(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        dtype = torch.float32 if v.device.type == "cpu" else v.dtype             # bfloat16 attention is slow on CPUs
+        with torch.autocast(v.device.type, enabled=False):
+            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
 
 
@@ -117,6 +121,13 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def apply_blocks(blocks, x, recompute, *how):
+    """All blocks in turn; with `recompute`, what happens inside them is not kept but computed again in the backward pass."""
+    for block in blocks:
+        x = checkpoint(block, x, *how, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x, *how)
+    return x
+
+
 def learned(count, width):
     """Learned tokens or positions, (count, width), of the paper's scale."""
     return nn.Parameter(torch.randn(count, width) * width ** -0.5)
@@ -140,6 +151,7 @@ def causal_encoder_mask(grid):
 
 class Encoder(nn.Module):
     """ViT over [patches, learned latent tokens]; only the latents come out: (B, 3, H, W) -> (B, N, D)."""
+    recompute = False                # save memory in training, see `apply_blocks`
 
     def __init__(self, config):
         super().__init__()
@@ -159,8 +171,7 @@ class Encoder(nn.Module):
         patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.patch_positions           # (B, g*g, C)
         latents = (self.latent_tokens + self.latent_positions).expand(len(images), -1, -1)             # (B, N, C)
         x = self.ln_pre(torch.cat([patches, latents.to(patches.dtype)], dim=1))
-        for block in self.blocks:
-            x = block(x, mask=self.mask)
+        x = apply_blocks(self.blocks, x, self.recompute, False, self.mask)
         return self.to_latent(self.ln_post(x[:, patches.shape[1]:]))
 
 
@@ -188,7 +199,7 @@ class Quantizer(nn.Module):
             codes = F.embedding(tokens, self.codebook)
             blend = self.blend if self.training else 1.0
             loss = F.mse_loss(codes, z.detach()) + blend * self.COMMITMENT * F.mse_loss(z, codes.detach())
-            if self.training and self.codebook.requires_grad:
+            if self.training and torch.is_grad_enabled():     # frozen in stage 2 and in the discriminator's steps
                 self.observe(z.detach().flatten(0, 1), tokens.flatten(), distances)
             return z + blend * (codes - z).detach(), tokens, loss
 
@@ -214,7 +225,7 @@ class Quantizer(nn.Module):
         """Once an optimiser step: pull codes that are hardly used onto latents of this batch, over all ranks (CVQ).
 
         A code used as often as the average one does not move; one that is never used becomes the latent nearest to it.
-        Ranks exchange counts and one candidate a code.
+        Ranks exchange counts and one candidate a code. A batch with latents that are not finite changes nothing.
         """
         counts, distance, candidate = self.seen
         self.seen = None
@@ -226,9 +237,10 @@ class Quantizer(nn.Module):
             gathered = torch.stack(gathered)                                                           # (ranks, K, 1 + D)
             best = gathered[:, :, 0].argmin(0)
             candidate = gathered[best, torch.arange(len(best), device=best.device), 1:]
-        self.usage.mul_(self.DECAY).add_(counts / counts.sum(), alpha=1 - self.DECAY)
-        alpha = torch.exp(-self.usage * len(self.codebook) * 10 / (1 - self.DECAY) - 1e-3)
-        self.codebook.lerp_(candidate, alpha[:, None])
+        good = candidate.isfinite().all().float()            # stays on the device
+        self.usage.lerp_(counts / counts.sum(), (1 - self.DECAY) * good)
+        alpha = good * torch.exp(-self.usage * len(self.codebook) * 10 / (1 - self.DECAY) - 1e-3)
+        self.codebook.lerp_(candidate.nan_to_num(0, 0, 0), alpha[:, None])
 
     def use(self):
         """Share of codes in use: those that lately received more than a hundredth of the average code's tokens."""
@@ -259,6 +271,7 @@ class Decoder(nn.Module):
     causal (stage 1): one learned token in front, every token sees only earlier ones, and the prefix outputs paint the strip
     (B, 3, p, (g+1)*p). bidirectional (stage 2): `buffer_tokens` learned tokens in front, no strip (None).
     """
+    recompute = False                # save memory in training, see `apply_blocks`
 
     def __init__(self, config):
         super().__init__()
@@ -278,8 +291,7 @@ class Decoder(nn.Module):
         x = self.from_latent(z)
         x = torch.cat([self.buffer_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1) + self.positions
         x = self.ln_pre(x)
-        for block in self.blocks:
-            x = block(x, causal=self.causal)
+        x = apply_blocks(self.blocks, x, self.recompute, self.causal)
         x = self.ln_post(x[:, len(self.buffer_tokens):])                                               # (B, N, C)
         image = self.image_head(x[:, self.prefix:], self.grid, self.grid)
         strip = self.strip_head(x[:, :self.prefix], 1, self.prefix) if self.causal else None

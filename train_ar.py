@@ -21,7 +21,7 @@ from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
 from data import InputError
 from tokenizer import load_tokenizer
 from train_tokenizer import (FIXED, add_run_arguments, check_resumed, check_run_arguments, learning_rate, no_sync,
-                             refuse_overwrite, state_to_resume, wrap)
+                             optimizer_step, refuse_overwrite, refuse_to_go_on, state_to_resume, wrap)
 
 PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
 RECIPES = {
@@ -79,24 +79,55 @@ def paint_samples(model, tokenizer, path, seed, n=32):
     data.save_grid(path, tokenizer.decode(tokens), 8)
 
 
+class Update:
+    """The AR model in training: its optimizer, and what one step does to them."""
+
+    def __init__(self, model, args, device, rank, ranks):
+        self.model, self.args, self.device, self.rank = model, args, device, rank
+        decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("embeddings")]
+        others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.startswith("embeddings")]
+        self.optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
+                                           betas=(0.9, 0.96), weight_decay=0.03, fused=True)
+        self.skipped, self.in_row = torch.zeros((), device=device), torch.zeros((), device=device)      # steps without effect
+        model.recompute = args.grad_checkpoint
+        if device.type == "cuda" and not args.no_compile:
+            model.compile()
+        self.wrapped = wrap(model, ranks, device)
+
+    def step(self, step, parts):
+        """One optimizer step on micro-batches of tokens (B, N), classes (B,), keys (B, 2). -> losses, learning rate."""
+        args, null = self.args, self.model.config.num_classes
+        lr = learning_rate(step, args.steps, args.warmup, args.lr, args.final_lr)
+        seed_step(args.seed, step, self.rank)
+        sums = {"loss": 0, "accuracy": 0}
+        for part, (tokens, labels, keys) in enumerate(parts, 1):
+            labels = drop_classes(labels, keys, args.class_dropout, args.seed, null).to(self.device, non_blocking=True)
+            tokens = tokens.to(self.device, non_blocking=True)
+            with no_sync(self.wrapped, part < args.accum):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                    logits = self.wrapped(tokens[:, :-1], labels)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+                (loss / args.accum).backward()
+            sums["loss"] += loss.detach() / args.accum
+            sums["accuracy"] += (logits.argmax(-1) == tokens).float().mean() / args.accum
+        bad = optimizer_step(self.optimizer, lr, args.clip)
+        self.skipped, self.in_row = self.skipped + bad, (self.in_row + 1) * bad
+        return sums, lr
+
+
 def train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, device, classes):
-    path, run, start = f"{args.out}/ar_state.pt", "ar", 0
-    config, fingerprint, null = model.config, tokenizer.fingerprint(), model.config.num_classes
-    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("embeddings")]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.startswith("embeddings")]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
-                                  betas=(0.9, 0.96), weight_decay=0.03, fused=device.type != "mps")
+    path, run, start, saved = f"{args.out}/ar_state.pt", "ar", 0, 0
+    config, fingerprint = model.config, tokenizer.fingerprint()
+    update = Update(model, args, device, rank, ranks)
     if state_to_resume(path, args.resume):
         state = data.load_checkpoint(path, "ar")
         check_resumed(path, {**state["args"], **state["config"], "tokenizer": state["tokenizer"]},
                       argparse.Namespace(**{**vars(args), **asdict(config), "tokenizer": fingerprint}),
                       FIXED + ["class_dropout", "tokenizer"] + list(asdict(config)))
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    if device.type == "cuda" and not args.no_compile:
-        model.compile()
-    wrapped = wrap(model, ranks, device)
+        update.optimizer.load_state_dict(state["optimizer"])
+        update.skipped, update.in_row = (torch.tensor(float(count), device=device) for count in state["skipped"])
+        start = saved = state["step"]
     if args.eval_fid:
         inception = fid.load_inception(args.inception, device)
         reference = fid.extract(val_set, inception, device, args.eval_images, "validation images")
@@ -112,33 +143,17 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, 
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run, disable=rank > 0)
     began, seen = time.perf_counter(), 0
     for step in progress:
-        lr = learning_rate(step, args.steps, args.warmup, args.lr, args.final_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        seed_step(args.seed, step, rank)
-        sums = {"loss": 0, "accuracy": 0}
-        for part, batch in enumerate(itertools.islice(keys, args.accum), 1):
-            tokens, labels = train_cache.batch(batch, args.seed)
-            labels = drop_classes(labels, batch, args.class_dropout, args.seed, null).to(device, non_blocking=True)
-            tokens = tokens.to(device, non_blocking=True)
-            with no_sync(wrapped, part < args.accum):
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                    logits = wrapped(tokens[:, :-1], labels)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
-                (loss / args.accum).backward()
-            sums["loss"] += loss.detach() / args.accum
-            sums["accuracy"] += (logits.argmax(-1) == tokens).float().mean() / args.accum
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        parts = list(itertools.islice(keys, args.accum))
+        losses, lr = update.step(step, [(*train_cache.batch(part, args.seed), part) for part in parts])
         seen += args.batch_size
 
         done = step + 1
         if done % 20 == 0 or done == args.steps:
-            values = data.mean_over_ranks({name: value.item() for name, value in sums.items()})
+            values = data.mean_over_ranks({name: value.item() for name, value in losses.items()})
+            refuse_to_go_on(update.in_row, done, path, saved)
             speed = seen / (time.perf_counter() - began)
             progress.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.1%}", img_s=f"{speed:.0f}")
-            log.write(done, **values, lr=lr)
+            log.write(done, **values, lr=lr, skipped=int(update.skipped))
             began, seen = time.perf_counter(), 0
         if done % args.eval_every == 0 or done == args.steps:
             values = evaluate(model, val_cache, args, device, rank, ranks)
@@ -153,9 +168,21 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, 
             data.barrier()
             began, seen = time.perf_counter(), 0
         if done % args.save_every == 0 or done == args.steps:
-            save(path, done, model.state_dict(), optimizer=optimizer.state_dict(), args=vars(args))
+            save(path, done, model.state_dict(), optimizer=update.optimizer.state_dict(), args=vars(args),
+                 skipped=[int(update.skipped), int(update.in_row)])
+            saved = done
     dtype = getattr(torch, args.save_dtype)
     save(f"{args.out}/ar.pt", args.steps, {name: value.to(dtype) for name, value in model.state_dict().items()})
+
+
+def benchmark(config, args, device):
+    """Time a training step on random tokens, as many as an image of ImageNet has."""
+    size = args.batch_size // args.accum
+    torch.manual_seed(args.seed)
+    part = (torch.randint(config.codebook_size, (size, config.num_tokens)), torch.randint(config.num_classes, (size,)),
+            data.stream_keys(size, args.seed, 0, size))
+    update = Update(ARModel(config).to(device).train(), args, device, 0, 1)
+    data.benchmark(f"AR {args.preset}", lambda k: update.step(k, [part] * args.accum), args.batch_size, device, args.dtype)
 
 
 def main():
@@ -165,6 +192,7 @@ def main():
     parser.add_argument("--cache", help="folder of the token cache (default: tokens in --out)")
     parser.add_argument("--steps", type=int, help="steps to train (default: the preset's)")
     parser.add_argument("--dropout", type=float, help="in place of the preset's")
+    parser.add_argument("--ten-crop", action="store_true", help="cache ten crops of an image, as the paper does, not two")
     parser.add_argument("--class-dropout", type=float, default=0.1, help="share of pictures that train the null class")
     add_run_arguments(parser)
     args = parser.parse_args()
@@ -177,13 +205,15 @@ def main():
     if not args.resume:
         for name in ("ar_state.pt", "ar.pt"):
             refuse_overwrite(f"{args.out}/{name}")
+    changes = {} if args.dropout is None else {"dropout": args.dropout}
+    if args.benchmark:
+        return benchmark(ARConfig(**{**PRESETS[args.preset], **changes}), args, device)
     tokenizer = load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device)
     train_set, val_set = data.open_data(args.data, args.val_data, tokenizer.config.image_size, args.seed, args.skip_bad_images,
-                                        args.num_pictures)
+                                        args.num_pictures, args.ten_crop)
     cache = args.cache or f"{args.out}/tokens"
     train_cache = data.open_cache(f"{cache}/train", train_set, tokenizer, device, args.workers)
     val_cache = data.open_cache(f"{cache}/val", val_set, tokenizer, device, args.workers)
-    changes = {} if args.dropout is None else {"dropout": args.dropout}
     config = ARConfig(codebook_size=tokenizer.config.codebook_size, grid=tokenizer.config.grid,
                       num_classes=len(train_set.classes), **{**PRESETS[args.preset], **changes})
     torch.manual_seed(args.seed)

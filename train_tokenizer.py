@@ -3,6 +3,7 @@
     python train_tokenizer.py                                     # built-in pictures, tiny preset, a CPU is enough
     torchrun --nproc_per_node=8 train_tokenizer.py --preset imagenet256 --data imagenet/train --val-data imagenet/val
 
+A stage is a list of phases, each with its learning rate and its losses (RECIPES); one run goes through them all.
 Writes to --out: tokenizer_stage1.pt and tokenizer_stage2.pt (training states, --resume goes on from them), tokenizer.pt
 (the finished model: after stage 1 with the causal decoder, after stage 2 with the crisp one), log.jsonl, pictures/.
 """
@@ -14,8 +15,10 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -26,19 +29,70 @@ from data import InputError
 from fid import psnr
 from tokenizer import PRESETS, Tokenizer, TokenizerConfig, load_tokenizer
 
-# steps: of stages 1 and 2. batch_size: over all ranks. lr -> final_lr: after warmup steps, along a cosine.
+
+class Phase(NamedTuple):
+    """A stretch of a stage: steps, learning rate from -> to along a cosine, weights of the losses beside MSE and strip."""
+    name: str
+    steps: int
+    lr: float
+    final_lr: float
+    quantizer: float = 0.0
+    perceptual: float = 0.0
+    lpips: float = 0.0
+    gan: float = 0.0
+
+
+# batch_size: over all ranks. warmup: steps, at the start of either stage. discriminator: channels of its first stage.
 # blend: quantization is blended in between these shares of stage 1; before, the decoder sees the latents as they are.
 RECIPES = {
     # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the first step
     # keeps so small a model from finding out where in the picture a token belongs.
-    "tiny": dict(steps=(10_000, 6000), batch_size=16, lr=5e-4, final_lr=1e-5, warmup=100, betas=(0.9, 0.95),
-                 quantizer_weight=0.1, blend=(0.2, 0.35)),
+    "tiny": dict(batch_size=16, warmup=100, betas=(0.9, 0.95), blend=(0.2, 0.35), discriminator=32, stages=(
+        [Phase("pixels", 6000, 5e-4, 1e-5, quantizer=0.1)],
+        [Phase("pixels", 4000, 5e-4, 1e-5)])),
     # As published, for 8 GPUs of 48 images each.
-    "imagenet256": dict(steps=(350_000, 300_000), batch_size=384, lr=1e-4, final_lr=2e-6, warmup=10_000, betas=(0.9, 0.95),
-                        quantizer_weight=1.0, blend=(0.0, 0.0)),
+    "paper": dict(batch_size=384, warmup=10_000, betas=(0.9, 0.95), blend=(0.0, 0.0), discriminator=128, stages=(
+        [Phase("lpips", 50_000, 1e-4, 1e-4, quantizer=1.0, perceptual=0.1, lpips=1.0),
+         Phase("perceptual", 200_000, 1e-4, 2e-5, quantizer=1.0, perceptual=1.0),
+         Phase("gan", 100_000, 2e-5, 2e-6, quantizer=1.0, perceptual=1.0, gan=0.1 * 0.05)],
+        [Phase("lpips", 50_000, 1e-4, 1e-4, perceptual=0.1, lpips=1.0),
+         Phase("perceptual", 150_000, 1e-4, 2e-5, perceptual=1.0),
+         Phase("gan", 100_000, 2e-5, 2e-6, perceptual=1.0, gan=0.1 * 0.05)])),
 }
+DISCRIMINATOR_WEIGHT = 0.1
+BAD_STEPS = 10                   # ours: so many steps in a row with a loss that is not finite end the run
 
 CHANGES = ("encoder", "image_size", "patch_size", "codebook_size")      # flags that replace a preset's value
+
+
+def scale_phases(phases, steps):
+    """The phases stretched or shrunk so that they make `steps` together. InputError when one would have no step."""
+    total, done, scaled = sum(phase.steps for phase in phases), 0, []
+    for phase in phases:
+        done += phase.steps
+        scaled.append(phase._replace(steps=round(done * steps / total) - sum(p.steps for p in scaled)))
+    if not all(phase.steps for phase in scaled):
+        raise InputError(f"{steps} steps are too few for the {len(phases)} phases of a stage; give --steps more")
+    return scaled
+
+
+def phase_at(phases, step):
+    """-> the phase that `step` belongs to and the step's place in it."""
+    for phase in phases:
+        if step < phase.steps:
+            return phase, step
+        step -= phase.steps
+
+def set_phases(args, recipe):
+    """Put the phases of both stages into `args`, with --steps, --lr and --no-perceptual applied. -> the rest of the recipe."""
+    stages = recipe["stages"]
+    lr = stages[0][0].lr if args.lr is None else args.lr
+    factor, without = lr / stages[0][0].lr, dict(perceptual=0.0, lpips=0.0) if args.no_perceptual else {}
+    args.phases = [[phase._replace(lr=phase.lr * factor, final_lr=phase.final_lr * factor, **without)
+                    for phase in scale_phases(phases, steps)] for phases, steps in zip(stages, args.steps)]
+    whole = sum(phase.steps for phase in stages[0])
+    return {**{name: value for name, value in recipe.items() if name != "stages"}, "lr": lr,
+            "warmup": min(recipe["warmup"], round(recipe["warmup"] * args.steps[0] / whole))}
 
 
 # -----------------------------------------------------------------------------
@@ -52,7 +106,6 @@ def add_run_arguments(parser):
     parser.add_argument("--batch-size", type=int, help="images a step, over all ranks")
     parser.add_argument("--accum", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--final-lr", type=float, help="learning rate that a cosine ends at")
     parser.add_argument("--warmup", type=int, help="steps of linear warmup")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,20 +119,22 @@ def add_run_arguments(parser):
     parser.add_argument("--skip-bad-images", action="store_true", help="put the next readable image in an unreadable one's place")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                        help="of the matrix work in training; auto is bfloat16 on a GPU")
+                        help="of the matrix work in training; auto is bfloat16 where the hardware has it")
     parser.add_argument("--save-dtype", choices=["float32", "float16"], default="float32", help="of the finished model's file")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile on a GPU")
+    parser.add_argument("--grad-checkpoint", action="store_true", help="save memory: compute activations twice")
+    parser.add_argument("--benchmark", action="store_true", help="measure a training step on random input, and end")
 
 
 def check_run_arguments(args, recipe):
     """Fill what the recipe decides and refuse what can't work. Joins the ranks; -> rank, number of ranks, device."""
     for name, value in recipe.items():
-        if name != "steps" and getattr(args, name, None) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     for name in ("batch_size", "accum", "lr", "clip", "num_pictures", "eval_every", "eval_images", "save_every"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} is above zero, found {getattr(args, name)}")
-    for name in ("seed", "warmup", "workers", "final_lr"):
+    for name in ("seed", "warmup", "workers"):
         if (getattr(args, name) or 0) < 0:
             raise InputError(f"--{name.replace('_', '-')} is at least 0, found {getattr(args, name)}")
     rank, ranks, device = data.start_ranks(args.device)
@@ -88,13 +143,11 @@ def check_run_arguments(args, recipe):
                          f"choose --batch-size as a multiple of {ranks * args.accum}")
     if args.workers is None:
         args.workers = 8 if device.type == "cuda" else 0
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    args.dtype = data.pick_dtype(args.dtype, device)
     return rank, ranks, device
 
 
-FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_pictures", "dtype",
-         "steps", "final_lr"]                 # a resumed run keeps these
+FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_pictures", "dtype", "steps"]   # a resumed run's
 
 
 def check_resumed(path, saved, args, names):
@@ -125,6 +178,25 @@ def learning_rate(step, steps, warmup, peak, final):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def optimizer_step(optimizer, lr, clip):
+    """Clip and apply the gradients, unless one is not finite. -> 1.0 if so, a scalar on the device that nothing waits for."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = (~nn.utils.clip_grad_norm_(parameters, clip).isfinite()).float()   # 1: the fused step does nothing
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer.found_inf
+
+
+def refuse_to_go_on(in_row, step, path, saved):
+    """InputError when the latest BAD_STEPS steps all had gradients that are not finite."""
+    if in_row >= BAD_STEPS:
+        raise InputError(f"the gradients of the {int(in_row)} steps up to {step} were not finite; " + (
+            f"{path} holds step {saved}, from where --resume goes on" if saved else "nothing is saved yet") +
+            "; if it happens again, start anew with a lower --lr")
+
+
 def wrap(model, ranks, device):
     if ranks == 1:
         return model
@@ -137,6 +209,140 @@ def no_sync(model, wanted):
 
 
 # -----------------------------------------------------------------------------
+# Networks that judge pictures. Modules of the first two bear the names that torchvision's weight files give them.
+
+VISION_FILES = {                 # where they are published, and how their digests begin
+    "convnext": ("https://download.pytorch.org/models/convnext_small-0c510722.pth", ("sha256", "0c510722")),
+    "vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", ("sha256", "397923af")),
+    "lpips": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+              ("md5", "d507d7349b931f06")),
+}
+IMAGENET_MEAN, IMAGENET_STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+
+class Permute(nn.Module):
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
+
+    def forward(self, x):
+        return x.permute(self.order)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv2d(width, width, 7, padding=3, groups=width), Permute(0, 2, 3, 1), nn.LayerNorm(width, eps=1e-6),
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), Permute(0, 3, 1, 2))
+        self.layer_scale = nn.Parameter(torch.ones(width, 1, 1))
+
+    def forward(self, x):
+        return x + self.layer_scale * self.block(x)
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt-S (arXiv 2201.03545): images (B, 3, H, W) in [0, 1] of any size, seen at 224 x 224 -> ImageNet logits (B, 1000)."""
+
+    def __init__(self, widths=(96, 192, 384, 768), depths=(3, 3, 27, 3)):
+        super().__init__()
+        layers = [nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0], eps=1e-6))]
+        for before, width, depth in zip((None, *widths), widths, depths):
+            if before:
+                layers.append(nn.Sequential(ChannelNorm(before, eps=1e-6), nn.Conv2d(before, width, 2, stride=2)))
+            layers.append(nn.Sequential(*(ConvNeXtBlock(width) for _ in range(depth))))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(ChannelNorm(widths[-1], eps=1e-6), nn.Flatten(), nn.Linear(widths[-1], 1000))
+
+    def forward(self, images):
+        x = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
+        x = (x - IMAGENET_MEAN.to(x.device)) / IMAGENET_STD.to(x.device)
+        return self.classifier(self.features(x).mean((2, 3), keepdim=True))
+
+
+class LPIPS(nn.Module):
+    """LPIPS with VGG16 (arXiv 1801.03924): two batches of images (B, 3, H, W) in [0, 1] -> distances (B,)."""
+    ENDS = (3, 8, 15, 22, 29)                # the ReLU that ends each block of VGG16
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for width, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])
+        self.lin = nn.ParameterList(nn.Parameter(torch.rand(1, width, 1, 1)) for width in (64, 128, 256, 512, 512))
+
+    def forward(self, a, b):
+        shift, scale = (torch.tensor(v, device=a.device)[:, None, None] for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+        x, distance = (2 * torch.cat([a, b]) - 1 - shift) / scale, 0
+        lins = iter(self.lin)
+        for k, layer in enumerate(self.features):
+            x = layer(x)
+            if k in self.ENDS:
+                one, other = (x.float() / (x.float().pow(2).sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
+                distance = distance + ((one - other).pow(2) * next(lins)).sum(1).mean((1, 2))
+        return distance
+
+
+def load_vision(folder, device):
+    """{"perceptual": ConvNeXt, "lpips": LPIPS}, frozen, with public weights: from `folder`, or downloaded once (None).
+
+    "random" gives seeded stand-ins, to try things offline. InputError when a file is missing, damaged or of another network.
+    """
+    with torch.random.fork_rng(devices=[]):                                  # a training run's random numbers stay its own
+        torch.manual_seed(0)
+        nets = {"perceptual": ConvNeXt(), "lpips": LPIPS()}
+    if folder != "random":
+        state, names = {}, ", ".join(os.path.basename(address) for address, _ in VISION_FILES.values())
+        for name, (address, digest) in VISION_FILES.items():
+            path = (os.path.join(folder, os.path.basename(address)) if folder else
+                    data.fetch(address, digest, "name its folder with --vision-weights; --no-perceptual trains without"))
+            if not os.path.isfile(path):
+                raise InputError(f"no {path}; --vision-weights names a folder with {names}")
+            state[name] = data.load_weights(path)
+        data.fill(nets["perceptual"], state["convnext"], "the ConvNeXt-S weights")
+        data.fill(nets["lpips"], {**{name: value for name, value in state["vgg"].items() if name.startswith("features.")},
+                                  **{name.replace(".model.1.weight", "").replace("lin", "lin."): value
+                                     for name, value in state["lpips"].items()}}, "the VGG16 or LPIPS weights")
+    return {name: net.to(device).eval().requires_grad_(False) for name, net in nets.items()}
+
+
+def blur_pool(x):
+    """(B, C, H, W) -> (B, C, H/2, W/2), low-passed by the binomial filter (1, 3, 3, 1) before every second pixel is dropped."""
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
+    kernel = (line[:, None] * line).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
+
+
+class Discriminator(nn.Module):
+    """PatchGAN with blur-pooled downsampling: images (B, 3, H, W) in [0, 1] -> logits (B, 1, h, w), high for real patches."""
+
+    def __init__(self, channels):
+        super().__init__()
+        widths = [channels, channels, 2 * channels, 4 * channels]            # doubling after the first stage: ours
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.GroupNorm(32, width) for width in widths[1:])
+        self.to_logits = nn.Conv2d(widths[-1], 1, 5, padding=2)
+
+    def forward(self, images):
+        x = F.leaky_relu(self.stem(2 * images - 1), 0.1)
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.leaky_relu(norm(blur_pool(conv(x))), 0.1)
+        return self.to_logits(F.adaptive_max_pool2d(x, (min(16, x.shape[2]), min(16, x.shape[3]))))
+
+
+# -----------------------------------------------------------------------------
 # Losses
 
 def blend_at(progress, start, end):
@@ -144,24 +350,40 @@ def blend_at(progress, start, end):
     return min(1.0, max(0.0, (progress - start) / (end - start))) if end > start else 1.0
 
 
-def tokenizer_losses(output, images, config, quantizer_weight):
-    """The terms of the loss and their weights. Perceptual and adversarial terms join here and in `weights`.
+def tokenizer_losses(output, images, config, phase, vision, discriminator):
+    """The terms of the loss and their weights in this phase; a term without weight is not computed.
 
     output: what Tokenizer.forward returned for images (B, 3, H, W) in [0, 1]. -> {name: scalar}, {name: weight}
     """
     image, strip, quantizer_loss, _ = output
-    losses, weights = {"mse": F.mse_loss(image, images)}, {"mse": 1.0}
-    if strip is not None:
-        losses["strip"] = F.mse_loss(strip, strip_target(images, config.patch_size))
-        weights["strip"] = 10 * (config.grid + 1) / config.grid ** 2
-    if quantizer_loss.requires_grad:
-        losses["quantizer"], weights["quantizer"] = quantizer_loss, quantizer_weight
-    return losses, weights
+    weights = {"mse": 1.0, "strip": 10 * (config.grid + 1) / config.grid ** 2 if strip is not None else 0.0,
+               "quantizer": phase.quantizer, "perceptual": phase.perceptual, "lpips": phase.lpips, "gan": phase.gan}
+    terms = {"mse": lambda: F.mse_loss(image, images),
+             "strip": lambda: F.mse_loss(strip, strip_target(images, config.patch_size)),
+             "quantizer": lambda: quantizer_loss,
+             "perceptual": lambda: perceptual_loss(vision["perceptual"], image, images),
+             "lpips": lambda: vision["lpips"](image, images).mean(),
+             "gan": lambda: -discriminator(image).float().mean()}
+    weights = {name: weight for name, weight in weights.items() if weight}
+    return {name: terms[name]() for name in weights}, weights
 
 
 def strip_target(images, patch):
     """What the prefix tokens paint, (B, 3, p, (g+1)*p): the first patch, then the first row."""
     return torch.cat([images[:, :, :patch, :patch], images[:, :, :patch]], dim=3)
+
+
+def perceptual_loss(convnext, image, target):
+    """Mean squared difference of ImageNet logits; the target's need no gradient."""
+    with torch.no_grad():
+        wanted = convnext(target)
+    return F.mse_loss(convnext(image).float(), wanted.float())
+
+
+def hinge_loss(logits):
+    """The discriminator's loss on logits (2B, 1, h, w) of real images, then of painted ones."""
+    real, painted = logits.float().chunk(2)
+    return (F.relu(1 - real).mean() + F.relu(1 + painted).mean()) / 2
 
 
 @torch.no_grad()
@@ -185,75 +407,128 @@ def evaluate(model, val, args, device, rank, ranks, picture):
 # -----------------------------------------------------------------------------
 # One stage
 
-def train_stage(stage, model, train, val, args, device, rank, ranks):
+class Stage:
+    """A stage in training: tokenizer, discriminator, their optimizers, and what one step does to them."""
+
+    def __init__(self, number, model, args, vision, device, ranks):
+        self.number, self.model, self.args, self.vision, self.device = number, model, args, vision, device
+        self.phases = args.phases[number - 1]
+        self.discriminator, self.last = None, {}             # the latest value of every loss of this phase
+        self.skipped, self.in_row = torch.zeros((), device=device), torch.zeros((), device=device)      # steps without effect
+        model.encoder.recompute = model.decoder.recompute = args.grad_checkpoint
+        nets = {"tokenizer": model}                          # whose turns there are
+        if any(phase.gan for phase in self.phases):
+            nets["discriminator"] = self.discriminator = Discriminator(args.discriminator).to(device)
+        self.optimizers = {name: self.optimizer([p for p in net.parameters() if p.requires_grad]) for name, net in nets.items()}
+        if device.type == "cuda" and not args.no_compile:
+            model.encoder.compile()
+            model.decoder.compile()
+        self.wrapped = {name: wrap(net, ranks, device) for name, net in nets.items()}
+
+    def optimizer(self, parameters):
+        groups = [{"params": [p for p in parameters if p.ndim > 1]},
+                  {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, self.args.lr, self.args.betas, weight_decay=1e-4, fused=True)   # decay: ours
+
+    def step(self, step, batches):
+        """One optimizer step on the micro-batches, (B, 3, H, W) uint8. In a GAN phase the discriminator and the tokenizer
+        take turns. -> phase, learning rate; the losses gather in `last`.
+
+        A step whose gradient is not finite changes no weight and is counted, all without waiting for the device.
+        """
+        args, (phase, place) = self.args, phase_at(self.phases, step)
+        turn = "discriminator" if phase.gan and place % 2 == 0 else "tokenizer"
+        lr = learning_rate(place, phase.steps, args.warmup if step == place else 0, phase.lr, phase.final_lr)
+        if self.number == 1:
+            self.model.quantizer.blend = blend_at(step / args.steps[0], *args.blend)
+        if self.discriminator:
+            self.discriminator.requires_grad_(turn == "discriminator")
+        sums, weights = {}, {}
+        for part, images in enumerate(batches, 1):
+            images = data.to_float(images, self.device)
+            with (no_sync(self.wrapped[turn], part < args.accum),
+                  torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")):
+                if turn == "tokenizer":
+                    output = self.wrapped["tokenizer"](images)
+                    losses, weights = tokenizer_losses(output, images, self.model.config, phase, self.vision, self.discriminator)
+                else:
+                    with torch.no_grad():
+                        painted = self.model(images)[0]
+                    losses = {"discriminator": hinge_loss(self.wrapped["discriminator"](torch.cat([images, painted])))}
+                    weights = {"discriminator": DISCRIMINATOR_WEIGHT}
+                total = sum(weights[name] * loss for name, loss in losses.items()) / args.accum
+            total.backward()
+            if turn == "tokenizer":
+                losses["loss"] = total * args.accum
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach() / args.accum
+        bad = optimizer_step(self.optimizers[turn], lr, args.clip)
+        self.skipped, self.in_row = self.skipped + bad, (self.in_row + 1) * bad
+        if self.number == 1 and turn == "tokenizer":
+            self.model.quantizer.revive()
+        self.last = {**(self.last if place else {}), **sums}
+        return phase, lr
+
+    def state(self):
+        """What a checkpoint keeps beside the tokenizer; to be called on all ranks."""
+        return {"optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                "discriminator": self.discriminator and self.discriminator.state_dict(), "losses": self.losses(),
+                "skipped": [int(self.skipped), int(self.in_row)]}
+
+    def losses(self):
+        return data.mean_over_ranks({name: float(loss) for name, loss in self.last.items()})
+
+    def load(self, state):
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.discriminator:
+            self.discriminator.load_state_dict(state["discriminator"])
+        self.skipped, self.in_row = (torch.tensor(float(count), device=self.device) for count in state["skipped"])
+        self.last = state["losses"]
+
+
+def train_stage(number, model, train, val, args, vision, device, rank, ranks):
     """Train in place from wherever --resume finds the stage's state, to its last step."""
-    path, run = f"{args.out}/tokenizer_stage{stage}.pt", f"tokenizer stage {stage}"
-    config, steps, start = model.config, args.steps[stage - 1], 0
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim > 1]},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=1e-4, fused=device.type != "mps")  # decay: ours
+    path, run = f"{args.out}/tokenizer_stage{number}.pt", f"tokenizer stage {number}"
+    config, steps, start = model.config, args.steps[number - 1], 0
+    stage = Stage(number, model, args, vision, device, ranks)
     if state_to_resume(path, args.resume):
         state = data.load_checkpoint(path, "tokenizer")
         check_resumed(path, {**state["args"], **state["config"]}, argparse.Namespace(**{**vars(args), **asdict(config)}),
-                      FIXED + list(asdict(config)))
+                      FIXED + ["recipe", "no_perceptual"] + list(asdict(config)))
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        stage.load(state)
         start = state["step"]
     if start >= steps:
         return
-    if device.type == "cuda" and not args.no_compile:
-        model.encoder.compile()
-        model.decoder.compile()
-    wrapped = wrap(model, ranks, device)
     inception = fid.load_inception(args.inception, device) if args.eval_fid else None
     log = data.Log(f"{args.out}/log.jsonl", run, start)
-    keys = data.BatchKeys(len(train), args.seed + stage, args.batch_size, args.accum, start, rank, ranks)
+    keys = data.BatchKeys(len(train), args.seed + number, args.batch_size, args.accum, start, rank, ranks)
     stream = data.batches(train, keys, args.workers)
-
-    def save(step):
-        if rank == 0:
-            data.save_checkpoint(path, "tokenizer", asdict(config), model.state_dict(), optimizer=optimizer.state_dict(),
-                                 step=step, args=vars(args), classes=train.classes)
-        data.barrier()
+    saved = start
 
     model.train()
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=run, disable=rank > 0)
     began, seen = time.perf_counter(), 0
     for step in progress:
-        lr = learning_rate(step, steps, args.warmup, args.lr, args.final_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if stage == 1:
-            model.quantizer.blend = blend_at(step / steps, *args.blend)
-        sums = {}
-        for part, (images, _) in enumerate(itertools.islice(stream, args.accum), 1):
-            images = data.to_float(images, device)
-            with no_sync(wrapped, part < args.accum):
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                    output = wrapped(images)
-                losses, weights = tokenizer_losses(output, images, config, args.quantizer_weight)
-                (sum(weights[name] * loss for name, loss in losses.items()) / args.accum).backward()
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0) + loss.detach() / args.accum
-        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if stage == 1:
-            model.quantizer.revive()
+        phase, lr = stage.step(step, (images for images, _ in itertools.islice(stream, args.accum)))
         seen += args.batch_size
 
         done = step + 1
         if done % 20 == 0 or done == steps:
-            means = data.mean_over_ranks({name: loss.item() for name, loss in sums.items()})
-            values = {"loss": sum(weights[name] * loss for name, loss in means.items()), **means,
-                      "psnr": -10 * math.log10(max(means["mse"], 1e-10)), "codebook_use": model.quantizer.use().item()}
-            progress.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['psnr']:.2f}", use=f"{values['codebook_use']:.0%}",
+            losses, skipped = stage.losses(), int(stage.skipped)
+            refuse_to_go_on(stage.in_row, done, path, saved)
+            values = {**losses, "codebook_use": model.quantizer.use().item()}
+            if "mse" in losses:
+                values["psnr"] = -10 * math.log10(max(losses["mse"], 1e-10))
+            shown = {name: f"{values[key]:.4g}" for name, key in (("loss", "loss"), ("psnr", "psnr")) if key in values}
+            progress.set_postfix(**shown, use=f"{values['codebook_use']:.0%}", **({"skipped": skipped} if skipped else {}),
                                  img_s=f"{seen / (time.perf_counter() - began):.0f}")
-            log.write(done, **values, lr=lr)
+            progress.set_description(f"{run}, {phase.name}")
+            log.write(done, phase=phase.name, **values, lr=lr, skipped=skipped)
             began, seen = time.perf_counter(), 0
         if done % args.eval_every == 0 or done == steps:
-            value = evaluate(model, val, args, device, rank, ranks, f"{args.out}/pictures/tokenizer_stage{stage}_{done:06d}.png")
+            value = evaluate(model, val, args, device, rank, ranks, f"{args.out}/pictures/tokenizer_stage{number}_{done:06d}.png")
             log.write(done, val_psnr=value)
             if inception:
                 found = fid.tokenizer_metrics(model, val, inception, device, args.eval_images)
@@ -262,14 +537,33 @@ def train_stage(stage, model, train, val, args, device, rank, ranks):
                 progress.write(f"{run}, step {done}: validation PSNR {value:.2f} dB")
             began, seen = time.perf_counter(), 0
         if done % args.save_every == 0 or done == steps:
-            save(done)
+            state, saved = stage.state(), done
+            if rank == 0:
+                data.save_checkpoint(path, "tokenizer", asdict(config), model.state_dict(), **state,
+                                     step=done, args={name: value for name, value in vars(args).items() if name != "phases"},
+                                     classes=train.classes)
+            data.barrier()
+
+
+def benchmark(config, args, vision, device):
+    """Time a training step in each phase of stage 1, on random images."""
+    images = torch.randint(0, 256, (args.batch_size // args.accum, 3, config.image_size, config.image_size), dtype=torch.uint8)
+    stage, first = Stage(1, Tokenizer(config).to(device).train(), args, vision, device, 1), 0
+    for phase in stage.phases:
+        data.benchmark(f"{args.preset} stage 1, {phase.name}", lambda k: stage.step(first + k, [images] * args.accum),
+                       args.batch_size, device, args.dtype)
+        first += phase.steps
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--recipe", choices=RECIPES, help="phases and their losses (default: the preset's)")
     parser.add_argument("--stage", choices=["1", "2", "both"], default="both")
-    parser.add_argument("--steps", type=int, nargs=2, metavar=("STAGE1", "STAGE2"), help="such as 20000 12000")
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("STAGE1", "STAGE2"), help="stretches the phases of the recipe")
+    parser.add_argument("--vision-weights", metavar="FOLDER", help="with the weights of the networks behind the perceptual losses "
+                        "(default: downloaded once), or 'random' for trials")
+    parser.add_argument("--no-perceptual", action="store_true", help="do without ConvNeXt and LPIPS losses")
     for name in CHANGES:
         kind = str if name == "encoder" else int
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"in place of the preset's {name.replace('_', ' ')}"
@@ -277,13 +571,19 @@ def main():
     add_run_arguments(parser)
     args = parser.parse_args()
 
-    args.steps = args.steps or RECIPES[args.preset]["steps"]
+    args.recipe = args.recipe or ("tiny" if args.preset == "tiny" else "paper")
+    recipe = RECIPES[args.recipe]
+    args.steps = args.steps or [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
     if min(args.steps) < 1:
         raise InputError(f"--steps takes two numbers above zero, found {args.steps[0]} {args.steps[1]}")
-    args.steps = list(args.steps)
     changes = {name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None}
     config = TokenizerConfig(**{**PRESETS[args.preset], **changes})
-    rank, ranks, device = check_run_arguments(args, RECIPES[args.preset])
+    rank, ranks, device = check_run_arguments(args, set_phases(args, recipe))
+    vision = {}
+    if any(phase.perceptual or phase.lpips for phases in args.phases for phase in phases):
+        vision = load_vision(args.vision_weights, device)
+    if args.benchmark:
+        return benchmark(config, args, vision, device)
     train, val = data.open_data(args.data, args.val_data, config.image_size, args.seed, args.skip_bad_images, args.num_pictures)
     stages = [1, 2] if args.stage == "both" else [int(args.stage)]
     if not args.resume:
@@ -293,13 +593,14 @@ def main():
     def finish(model):
         if rank == 0:
             weights = {name: value.to(getattr(torch, args.save_dtype)) for name, value in model.state_dict().items()}
-            data.save_checkpoint(f"{args.out}/tokenizer.pt", "tokenizer", asdict(model.config), weights, classes=train.classes)
+            data.save_checkpoint(f"{args.out}/tokenizer.pt", "tokenizer", asdict(model.config), weights, classes=train.classes,
+                                 perceptual=bool(vision))
         data.barrier()
 
     if 1 in stages:
         torch.manual_seed(args.seed)
         model = Tokenizer(config).to(device)
-        train_stage(1, model, train, val, args, device, rank, ranks)
+        train_stage(1, model, train, val, args, vision, device, rank, ranks)
         if not os.path.exists(f"{args.out}/tokenizer_stage2.pt"):
             finish(model)
     if 2 in stages:
@@ -309,7 +610,7 @@ def main():
             raise InputError(f"{path} has another shape than these flags ask for: {model.config}; give the flags of stage 1")
         torch.manual_seed(args.seed + 1)
         model.swap_decoder()
-        train_stage(2, model, train, val, args, device, rank, ranks)
+        train_stage(2, model, train, val, args, vision, device, rank, ranks)
         finish(model)
     if rank == 0:
         print(f"wrote {args.out}/tokenizer.pt; next: python train_ar.py" + (f" --out {args.out}" if args.out != "out" else ""))

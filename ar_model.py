@@ -46,7 +46,7 @@ class ARConfig:
 
 
 PRESETS = {
-    "tiny": dict(width=192, depth=6, heads=6, dropout=0.0, cfg_scale=4.0, cfg_power=0.5),      # ours
+    "tiny": dict(width=192, depth=6, heads=3, dropout=0.0, cfg_scale=2.5, cfg_power=0.5),      # ours
     "B": dict(width=768, depth=24, heads=16, cfg_scale=16.0, cfg_power=1.8),
     "L": dict(width=1024, depth=24, heads=16, cfg_scale=6.0, cfg_power=0.7),
     "XL": dict(width=1280, depth=32, heads=16, cfg_scale=13.0, cfg_power=1.4),

@@ -17,9 +17,11 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import time
+import traceback
 import zipfile
 import zlib
 
@@ -36,17 +38,42 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message says what was found and what to do."""
 
 
+class Stopped(Exception):
+    """A run that was asked to stop has saved its state and does so. `signal` is what asked."""
+
+    def __init__(self, number, where):
+        super().__init__(f"stopped by {signal.Signals(number).name} at {where}")
+        self.signal = number
+
+
 def run(main):
-    """Call main() as a command: an InputError becomes one line on stderr and exit code 2, Ctrl-C exits with 130."""
+    """Call main() as a command. Exit codes: 2 for an InputError, one line on stderr; 1 for what the system refuses (a full
+    disk), likewise; 128 + the signal's number for a run that was stopped, 130 for Ctrl-C; 1 with a traceback for a mistake of ours.
+    """
+    code, said = 0, None
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2) if dist.is_initialized() else sys.exit(2)     # the other ranks may be waiting for this one
+        code, said = 2, f"error: {error}"
+    except Stopped as stop:
+        code, said = 128 + stop.signal, str(stop)
+    except OSError as error:
+        code, said = 1, f"error: {error}"
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        code, said = 1, traceback.format_exc()
+    rank, ranks = rank_and_count()
+    if said and (rank == 0 or code < 128):
+        print((f"rank {rank}: " if ranks > 1 else "") + said, file=sys.stderr, flush=True)
     if dist.is_initialized():
+        if code:
+            os._exit(code)                    # the other ranks may wait for this one; torchrun ends them
         dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 def generator(stream, *ids):
@@ -178,6 +205,8 @@ def read_image(path):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if max(image.size) > 100 * min(image.size):
+                raise ValueError(f"{image.width}x{image.height} is too long and thin to crop")
             return image.convert("RGB")
     except Exception as error:                # Pillow's decoders raise a dozen kinds for a damaged file
         raise InputError(f"{path} is not a readable image ({error}); remove or repair it") from None
@@ -409,9 +438,19 @@ class TokenCache:
     `cache.json` beside them names what they came from; `open_cache` refuses a cache that came from anything else.
     """
 
-    def __init__(self, folder):
-        self.tokens = np.load(os.path.join(folder, "tokens.npy"), mmap_mode="r", allow_pickle=False)
-        self.labels = np.load(os.path.join(folder, "labels.npy"), mmap_mode="r", allow_pickle=False)
+    def __init__(self, folder, shape, labels, codebook_size):
+        self.folder, self.codebook_size = folder, codebook_size
+        try:
+            self.tokens, self.labels = (np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r", allow_pickle=False)
+                                        for name in ("tokens", "labels"))
+            whole = self.tokens.shape == shape and self.tokens.dtype == np.uint16 and np.array_equal(self.labels, labels)
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            self.refuse()
+
+    def refuse(self):
+        raise InputError(f"the token cache in {self.folder} is damaged; delete the folder to build it anew")
 
     def __len__(self):
         return len(self.tokens)
@@ -420,8 +459,10 @@ class TokenCache:
         """Keys (epoch, index) -> tokens (B, N) int64 and classes (B,) int64; each epoch draws one of an image's crops."""
         indices = np.array(keys)[:, 1]
         chosen = (key_uniforms("crop choice", seed, keys) * self.tokens.shape[1]).astype(np.int64)
-        return (torch.from_numpy(self.tokens[indices, chosen].astype(np.int64)),
-                torch.from_numpy(self.labels[indices].astype(np.int64)))
+        tokens = self.tokens[indices, chosen]
+        if tokens.max() >= self.codebook_size:
+            self.refuse()
+        return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(self.labels[indices].astype(np.int64))
 
 
 def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
@@ -436,27 +477,25 @@ def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
             "image_size": config.image_size, "tokens": config.num_tokens, "codebook": config.codebook_size}
     note = os.path.join(folder, "cache.json")
     rank, ranks = rank_and_count()
+    shape = (len(dataset), len(dataset.crops), config.num_tokens)
     if not os.path.exists(note) and rank == 0:
         os.makedirs(folder, exist_ok=True)
-        shape = (len(dataset), len(dataset.crops), config.num_tokens)
-        fresh = np.lib.format.open_memmap(os.path.join(folder, "tokens.npy"), "w+", np.uint16, shape)
-        fresh[:] = UNWRITTEN
-        fresh.flush()
-        np.save(os.path.join(folder, "labels.npy"), dataset.labels.astype(np.int32))
+        create_array(os.path.join(folder, "tokens.npy"), np.uint16, shape, UNWRITTEN)
+        replace_file(os.path.join(folder, "labels.npy"), lambda file: np.save(file, dataset.labels.astype(np.int32)))
         write_text(note, json.dumps({**want, "finished": False}, indent=1))
     barrier()
-    with open(note) as file:
-        found = json.load(file)
+    found = read_json(note)
     wrong = [f"{key} {found.get(key)!r}, now {value!r}" for key, value in want.items() if found.get(key) != value]
     if wrong:
         raise InputError(f"the token cache in {folder} was made for something else ({'; '.join(wrong)}); "
                          "delete the folder to build it anew, or name another with --cache")
-    if not found["finished"]:
+    TokenCache(folder, shape, dataset.labels, config.codebook_size)            # whole, so far as it goes
+    if not found.get("finished"):
         build_cache(folder, dataset, tokenizer, device, workers, batch_size)
         if rank == 0:
             write_text(note, json.dumps({**want, "finished": True}, indent=1))
     barrier()
-    return TokenCache(folder)
+    return TokenCache(folder, shape, dataset.labels, config.codebook_size)
 
 
 def build_cache(folder, dataset, tokenizer, device, workers, batch_size):
@@ -517,6 +556,45 @@ def pick_dtype(name, device):
         return name
     fast = device.type == "cuda" or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
     return "bfloat16" if fast else "float32"
+
+
+class Interruptions:
+    """When a training run has to save: every so many steps or minutes, and before it obeys SIGTERM or Ctrl-C.
+
+    Inside `with`, the first signal is noted, for `due` to tell; a second one, more than a second later (torchrun and the terminal
+    may both deliver the first), ends the process at once. All ranks get the same answers.
+    """
+    TOGETHER = 10                             # steps between the ranks' consultations
+
+    def __init__(self, steps, minutes):
+        self.steps, self.minutes, self.signal, self.saved = steps, minutes, 0, time.monotonic()
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.signal and time.monotonic() > self.noted + 1:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.noted = number, time.monotonic()
+
+    def due(self, step, device):
+        """-> whether to save after so many steps, and the signal to obey after that, or 0."""
+        found = torch.tensor([self.minutes and time.monotonic() > self.saved + 60 * self.minutes, self.signal], dtype=torch.int32)
+        if dist.is_initialized():
+            if step % self.TOGETHER:
+                return step % self.steps == 0, 0
+            found = found.to(device)
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        late, number = found.tolist()
+        if save := bool(late or number or step % self.steps == 0):
+            self.saved = time.monotonic()
+        return save, number
 
 
 def rank_and_count():
@@ -580,27 +658,85 @@ def benchmark(name, step, images, device, dtype, steps=4):
 # -----------------------------------------------------------------------------
 # Checkpoints, logs and pictures on disk
 
-def replace_file(path, write):
-    """write(file) aside, sync, then rename: whoever reads `path` finds the old content or the new, never half of one."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    aside = f"{path}.tmp"
-    with open(aside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+def replace_file(path, write, keep=False):
+    """write(file) aside, sync, then rename: whoever reads `path` finds the old content or the new, never half of one.
+
+    keep: the old content stays as <path>.previous. InputError when it can't be written; the old content is then untouched.
+    """
+    folder, aside = os.path.dirname(os.path.abspath(path)), f"{path}.tmp"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, f"{path}.previous")
+        os.replace(aside, path)
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    except (OSError, RuntimeError) as error:  # torch.save has a kind of its own for a full disk
+        with contextlib.suppress(OSError):
+            os.remove(aside)
+        raise InputError(f"can't write {path} ({error}); " + ("what it held before is untouched" if os.path.exists(path) else
+                                                             "make room, or name another place")) from None
 
 
 def write_text(path, text):
     replace_file(path, lambda file: file.write(text.encode()))
 
 
-def save_checkpoint(path, kind, config, model, **more):
-    """Write a checkpoint: its kind ("tokenizer" or "ar"), config dict, state dict, and whatever else belongs to it."""
-    replace_file(path, lambda file: torch.save({"kind": kind, "config": config, "model": model, **more}, file))
+def read_json(path):
+    """The dict in a file that `write_text` wrote. InputError when it holds none."""
+    try:
+        with open(path) as file:
+            return dict(json.load(file))
+    except (ValueError, TypeError):
+        raise InputError(f"{path} is damaged; delete the folder it is in to start anew") from None
+
+
+def create_array(path, dtype, shape, fill):
+    """A new memory-mapped .npy of one value. Its room on the disk is taken now: a full disk says so here, not by a crash later."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with open(path, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        raise InputError(f"can't make {path} of {math.prod(shape) * np.dtype(dtype).itemsize:,} bytes ({error})") from None
+    array[:] = fill
+    array.flush()
+
+
+def save_checkpoint(path, kind, config, model, keep=False, **more):
+    """Write a checkpoint: its kind ("tokenizer" or "ar"), config dict, state dict, and whatever else belongs to it.
+
+    keep: the checkpoint that was there stays as <path>.previous, for `load_state`.
+    """
+    replace_file(path, lambda file: torch.save({"kind": kind, "config": config, "model": model, **more}, file), keep)
+
+
+def load_state(path, kind):
+    """The training state that a run goes on from: that in `path`, or the one before where it is damaged. None: start anew.
+
+    Rank 0 says which. InputError when there are files and none of them can be used.
+    """
+    there = [name for name in (path, f"{path}.previous") if os.path.exists(name)]
+    for at, name in enumerate(there):
+        try:
+            state = load_checkpoint(name, kind)
+            break
+        except InputError as error:
+            if at + 1 == len(there):
+                raise
+            trouble = f"{error}; going on from the save before it, {there[at + 1]}"
+    if rank_and_count()[0] == 0:
+        if not there:
+            tqdm.write(f"nothing to resume at {path}: starting anew", file=sys.stderr)
+        elif name != path:
+            tqdm.write(f"warning: {trouble if at else f'{path} is missing; going on from {name}'}", file=sys.stderr)
+    return state if there else None
 
 
 def load_checkpoint(path, kind, convert=lambda state: None):

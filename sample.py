@@ -102,12 +102,11 @@ def paint_npz(model, tokenizer, args, device, settings):
     note, paths = os.path.join(part, "settings.json"), [os.path.join(part, name) for name in ("images.npy", "done.npy")]
     if rank == 0 and not os.path.exists(note):
         os.makedirs(part, exist_ok=True)
-        np.lib.format.open_memmap(paths[0], "w+", np.uint8, (n, size, size, 3)).flush()
-        np.lib.format.open_memmap(paths[1], "w+", np.uint8, (n,)).flush()
+        data.create_array(paths[0], np.uint8, (n, size, size, 3), 0)
+        data.create_array(paths[1], np.uint8, (n,), 0)
         data.write_text(note, json.dumps(settings))
     data.barrier()
-    with open(note) as file:
-        found = json.load(file)
+    found = data.read_json(note)
     changed = [f"{key} {found.get(key)}, now {value}" for key, value in settings.items() if found.get(key) != value]
     if changed:
         raise InputError(f"{part} holds pictures painted with other settings ({'; '.join(changed)}); "

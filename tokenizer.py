@@ -136,14 +136,17 @@ def learned(count, width):
 # -----------------------------------------------------------------------------
 # Encoder: picture -> latents
 
+def own_patches(grid):
+    """The patch that each latent paints, (N,): in the prefix the strip's (the first patch, then the first row), then all."""
+    return torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(grid), torch.arange(grid ** 2)])
+
+
 def causal_encoder_mask(grid):
     """Who may look at whom in a causal encoder: (T, T) bool, T = g*g patches then N latents, True = row sees column.
 
-    A patch sees patches up to itself. A latent sees latents up to itself and patches up to its own; a prefix latent's own
-    patch is the one it paints in the strip (the first patch, then the first row).
+    A patch sees patches up to itself. A latent sees latents up to itself and patches up to its own.
     """
-    patches, prefix = grid ** 2, grid + 1
-    own = torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(grid), torch.arange(patches)])     # (N,)
+    patches, prefix, own = grid ** 2, grid + 1, own_patches(grid)
     mask = torch.ones(patches + prefix + patches, patches + prefix + patches, dtype=torch.bool).tril()
     mask[patches:, :patches] = torch.arange(patches) <= own[:, None]
     return mask
@@ -357,17 +360,24 @@ class Tokenizer(nn.Module):
 def init_weights(model, scheme):
     """paper: truncated normal 0.02 for linear and conv weights, biases zero.
 
-    narrow (ours): the same signal at any width, and the last convolution starts as the identity; from 0.02 it is close to
-    singular, and a small model paints in grey for thousands of steps. The codebook starts as wide as the latents.
+    narrow (ours, for small models in few steps): the same signal at any width. The last convolution starts as the identity;
+    from 0.02 it is close to singular, and a small model paints in grey for thousands of steps. Queries start equal to keys,
+    and a latent's position equal to that of its own patch: at first, like attends to like. The codebook starts as wide as
+    the latents.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fan_in = module.weight[0].numel()
             nn.init.trunc_normal_(module.weight, std=0.02 if scheme == "paper" else 0.02 * (768 / fan_in) ** 0.5)
             nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, PixelHead) and scheme == "narrow":
+    for module in model.modules() if scheme == "narrow" else ():
+        if isinstance(module, PixelHead):
             nn.init.dirac_(module.conv.weight)
+        if isinstance(module, Attention):
+            queries, keys, _ = module.in_proj.weight.data.chunk(3)
+            keys.copy_(queries)
+        if isinstance(module, Encoder):
+            module.latent_positions.data.copy_(module.patch_positions[own_patches(math.isqrt(len(module.patch_positions)))])
 
 
 # -----------------------------------------------------------------------------

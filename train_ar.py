@@ -21,11 +21,11 @@ from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
 from data import InputError
 from tokenizer import load_tokenizer
 from train_tokenizer import (FIXED, add_run_arguments, check_resumed, check_run_arguments, learning_rate, no_sync,
-                             optimizer_step, refuse_overwrite, refuse_to_go_on, state_to_resume, wrap)
+                             optimizer_step, refuse_overwrite, refuse_to_go_on, wrap)
 
 PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
 RECIPES = {
-    "tiny": dict(steps=6000, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
+    "tiny": dict(steps=8000, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
     "B": PAPER, "L": PAPER, "XL": {**PAPER, "steps": 250_000},
 }
 
@@ -115,12 +115,12 @@ class Update:
         return sums, lr
 
 
-def train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, device, classes):
+def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions, rank, ranks, device, classes):
     path, run, start, saved = f"{args.out}/ar_state.pt", "ar", 0, 0
     config, fingerprint = model.config, tokenizer.fingerprint()
     update = Update(model, args, device, rank, ranks)
-    if state_to_resume(path, args.resume):
-        state = data.load_checkpoint(path, "ar")
+    state = data.load_state(path, "ar") if args.resume else None
+    if state:
         check_resumed(path, {**state["args"], **state["config"], "tokenizer": state["tokenizer"]},
                       argparse.Namespace(**{**vars(args), **asdict(config), "tokenizer": fingerprint}),
                       FIXED + ["class_dropout", "tokenizer"] + list(asdict(config)))
@@ -167,10 +167,13 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, 
                                f"accuracy {values['val_accuracy']:.1%}")
             data.barrier()
             began, seen = time.perf_counter(), 0
-        if done % args.save_every == 0 or done == args.steps:
+        save_now, asked = interruptions.due(done, device)
+        if save_now or done == args.steps:
             save(path, done, model.state_dict(), optimizer=update.optimizer.state_dict(), args=vars(args),
-                 skipped=[int(update.skipped), int(update.in_row)])
+                 skipped=[int(update.skipped), int(update.in_row)], keep=True)
             saved = done
+        if asked:
+            raise data.Stopped(asked, f"step {done}; --resume goes on from there")
     dtype = getattr(torch, args.save_dtype)
     save(f"{args.out}/ar.pt", args.steps, {name: value.to(dtype) for name, value in model.state_dict().items()})
 
@@ -218,7 +221,8 @@ def main():
                       num_classes=len(train_set.classes), **{**PRESETS[args.preset], **changes})
     torch.manual_seed(args.seed)
     model = ARModel(config).to(device)
-    train(model, tokenizer, train_cache, val_cache, val_set, args, rank, ranks, device, train_set.classes)
+    with data.Interruptions(args.save_every, args.save_minutes) as interruptions:
+        train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions, rank, ranks, device, train_set.classes)
     if rank == 0:
         print(f"wrote {args.out}/ar.pt; next: python sample.py --class 0" + (f" --out {args.out}" if args.out != "out" else ""))
 

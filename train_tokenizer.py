@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import math
 import os
-import sys
 import time
 from dataclasses import asdict
 from typing import NamedTuple
@@ -27,7 +26,7 @@ import data
 import fid
 from data import InputError
 from fid import psnr
-from tokenizer import PRESETS, Tokenizer, TokenizerConfig, load_tokenizer
+from tokenizer import PRESETS, Tokenizer, TokenizerConfig, from_released, load_tokenizer
 
 
 class Phase(NamedTuple):
@@ -48,8 +47,8 @@ RECIPES = {
     # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the first step
     # keeps so small a model from finding out where in the picture a token belongs.
     "tiny": dict(batch_size=16, warmup=100, betas=(0.9, 0.95), blend=(0.2, 0.35), discriminator=32, stages=(
-        [Phase("pixels", 6000, 5e-4, 1e-5, quantizer=0.1)],
-        [Phase("pixels", 4000, 5e-4, 1e-5)])),
+        [Phase("pixels", 6000, 1e-3, 1e-5, quantizer=0.1)],
+        [Phase("pixels", 4000, 1e-3, 1e-5)])),
     # As published, for 8 GPUs of 48 images each.
     "paper": dict(batch_size=384, warmup=10_000, betas=(0.9, 0.95), blend=(0.0, 0.0), discriminator=128, stages=(
         [Phase("lpips", 50_000, 1e-4, 1e-4, quantizer=1.0, perceptual=0.1, lpips=1.0),
@@ -116,6 +115,7 @@ def add_run_arguments(parser):
     parser.add_argument("--eval-fid", action="store_true", help="also log fid.py's metrics over --eval-images pictures")
     parser.add_argument("--inception", metavar="PATH", help="for --eval-fid: weights (default: downloaded once) or 'random'")
     parser.add_argument("--save-every", type=int, default=500, help="steps between saves, and the most that a kill can cost")
+    parser.add_argument("--save-minutes", type=float, default=15, help="minutes between saves, should they be sooner; 0: never")
     parser.add_argument("--skip-bad-images", action="store_true", help="put the next readable image in an unreadable one's place")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -134,7 +134,7 @@ def check_run_arguments(args, recipe):
     for name in ("batch_size", "accum", "lr", "clip", "num_pictures", "eval_every", "eval_images", "save_every"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} is above zero, found {getattr(args, name)}")
-    for name in ("seed", "warmup", "workers"):
+    for name in ("seed", "warmup", "workers", "save_minutes"):
         if (getattr(args, name) or 0) < 0:
             raise InputError(f"--{name.replace('_', '-')} is at least 0, found {getattr(args, name)}")
     rank, ranks, device = data.start_ranks(args.device)
@@ -158,15 +158,8 @@ def check_resumed(path, saved, args, names):
                          "or start anew in another --out")
 
 
-def state_to_resume(path, resume):
-    """Whether there is a training state to go on from; says so when --resume was given and there is none."""
-    if resume and not os.path.exists(path) and data.rank_and_count()[0] == 0:
-        tqdm.write(f"nothing to resume at {path}: starting anew", file=sys.stderr)
-    return resume and os.path.exists(path)
-
-
 def refuse_overwrite(path):
-    if os.path.exists(path):
+    if os.path.exists(path) or os.path.exists(f"{path}.previous"):
         raise InputError(f"{path} is there already: --resume goes on from it, another --out starts anew and keeps it")
 
 
@@ -487,13 +480,13 @@ class Stage:
         self.last = state["losses"]
 
 
-def train_stage(number, model, train, val, args, vision, device, rank, ranks):
+def train_stage(number, model, train, val, args, vision, interruptions, device, rank, ranks):
     """Train in place from wherever --resume finds the stage's state, to its last step."""
     path, run = f"{args.out}/tokenizer_stage{number}.pt", f"tokenizer stage {number}"
     config, steps, start = model.config, args.steps[number - 1], 0
     stage = Stage(number, model, args, vision, device, ranks)
-    if state_to_resume(path, args.resume):
-        state = data.load_checkpoint(path, "tokenizer")
+    state = data.load_state(path, "tokenizer") if args.resume else None
+    if state:
         check_resumed(path, {**state["args"], **state["config"]}, argparse.Namespace(**{**vars(args), **asdict(config)}),
                       FIXED + ["recipe", "no_perceptual"] + list(asdict(config)))
         model.load_state_dict(state["model"])
@@ -536,13 +529,16 @@ def train_stage(number, model, train, val, args, vision, device, rank, ranks):
             if rank == 0:
                 progress.write(f"{run}, step {done}: validation PSNR {value:.2f} dB")
             began, seen = time.perf_counter(), 0
-        if done % args.save_every == 0 or done == steps:
+        save, asked = interruptions.due(done, device)
+        if save or done == steps:
             state, saved = stage.state(), done
             if rank == 0:
-                data.save_checkpoint(path, "tokenizer", asdict(config), model.state_dict(), **state,
+                data.save_checkpoint(path, "tokenizer", asdict(config), model.state_dict(), keep=True, **state,
                                      step=done, args={name: value for name, value in vars(args).items() if name != "phases"},
                                      classes=train.classes)
             data.barrier()
+        if asked:
+            raise data.Stopped(asked, f"step {done} of stage {number}; --resume goes on from there")
 
 
 def benchmark(config, args, vision, device):
@@ -579,16 +575,16 @@ def main():
     changes = {name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None}
     config = TokenizerConfig(**{**PRESETS[args.preset], **changes})
     rank, ranks, device = check_run_arguments(args, set_phases(args, recipe))
+    train, val = data.open_data(args.data, args.val_data, config.image_size, args.seed, args.skip_bad_images, args.num_pictures)
+    stages = [1, 2] if args.stage == "both" else [int(args.stage)]
+    if not args.resume and not args.benchmark:
+        for name in [f"tokenizer_stage{stage}.pt" for stage in stages] + ["tokenizer.pt"] * (1 in stages):
+            refuse_overwrite(f"{args.out}/{name}")
     vision = {}
     if any(phase.perceptual or phase.lpips for phases in args.phases for phase in phases):
         vision = load_vision(args.vision_weights, device)
     if args.benchmark:
         return benchmark(config, args, vision, device)
-    train, val = data.open_data(args.data, args.val_data, config.image_size, args.seed, args.skip_bad_images, args.num_pictures)
-    stages = [1, 2] if args.stage == "both" else [int(args.stage)]
-    if not args.resume:
-        for name in [f"tokenizer_stage{stage}.pt" for stage in stages] + ["tokenizer.pt"] * (1 in stages):
-            refuse_overwrite(f"{args.out}/{name}")
 
     def finish(model):
         if rank == 0:
@@ -597,21 +593,26 @@ def main():
                                  perceptual=bool(vision))
         data.barrier()
 
-    if 1 in stages:
-        torch.manual_seed(args.seed)
-        model = Tokenizer(config).to(device)
-        train_stage(1, model, train, val, args, vision, device, rank, ranks)
-        if not os.path.exists(f"{args.out}/tokenizer_stage2.pt"):
+    with data.Interruptions(args.save_every, args.save_minutes) as interruptions:
+        if 1 in stages:
+            torch.manual_seed(args.seed)
+            model = Tokenizer(config).to(device)
+            train_stage(1, model, train, val, args, vision, interruptions, device, rank, ranks)
+            if not os.path.exists(f"{args.out}/tokenizer_stage2.pt"):
+                finish(model)
+        if 2 in stages:
+            path = f"{args.out}/tokenizer_stage1.pt"
+            model = load_tokenizer(path, device)
+            if model.config != config:
+                raise InputError(f"{path} has another shape than these flags ask for: {model.config}; give the flags of stage 1")
+            before = data.load_checkpoint(path, "tokenizer", from_released)
+            if before.get("step", 0) < before.get("args", {"steps": [0]})["steps"][0]:
+                raise InputError(f"{path} holds step {before['step']} of {before['args']['steps'][0]} of stage 1: finish that first, "
+                                 "with --resume and without --stage")
+            torch.manual_seed(args.seed + 1)
+            model.swap_decoder()
+            train_stage(2, model, train, val, args, vision, interruptions, device, rank, ranks)
             finish(model)
-    if 2 in stages:
-        path = f"{args.out}/tokenizer_stage1.pt"
-        model = load_tokenizer(path, device)
-        if model.config != config:
-            raise InputError(f"{path} has another shape than these flags ask for: {model.config}; give the flags of stage 1")
-        torch.manual_seed(args.seed + 1)
-        model.swap_decoder()
-        train_stage(2, model, train, val, args, vision, device, rank, ranks)
-        finish(model)
     if rank == 0:
         print(f"wrote {args.out}/tokenizer.pt; next: python train_ar.py" + (f" --out {args.out}" if args.out != "out" else ""))
 

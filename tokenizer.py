@@ -41,7 +41,9 @@ class TokenizerConfig:
     init: str = "paper"              # or "narrow", see `init_weights`
 
     def __post_init__(self):
-        if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
+        if self.patch_size < 1:
+            raise InputError(f"a patch has at least 1 pixel, found {self.patch_size}")
+        if self.image_size < self.patch_size or self.image_size % self.patch_size:
             raise InputError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         if self.codebook_size < 2:
             raise InputError(f"a codebook needs at least 2 entries, found {self.codebook_size}")

@@ -46,7 +46,7 @@ class ARConfig:
 
 
 PRESETS = {
-    "tiny": dict(width=192, depth=6, heads=3, dropout=0.0, cfg_scale=2.5, cfg_power=0.5),      # ours
+    "tiny": dict(width=160, depth=6, heads=5, dropout=0.0, cfg_scale=2.5, cfg_power=0.5),      # ours
     "B": dict(width=768, depth=24, heads=16, cfg_scale=16.0, cfg_power=1.8),
     "L": dict(width=1024, depth=24, heads=16, cfg_scale=6.0, cfg_power=0.7),
     "XL": dict(width=1280, depth=32, heads=16, cfg_scale=13.0, cfg_power=1.4),
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, at:at + 1], cache[1, :, :, at:at + 1] = k, v
             k, v = cache[0, :, :, :at + 1], cache[1, :, :, :at + 1]
-        dtype = torch.float32 if v.device.type == "cpu" else v.dtype             # bfloat16 attention is slow on CPUs
+        dtype = torch.float32 if v.device.type == "cpu" and v.requires_grad else v.dtype   # CPUs are slow at its bfloat16 gradient
         with torch.autocast(v.device.type, enabled=False):
             x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=cache is None,
                                                dropout_p=self.dropout if self.training else 0.0)
@@ -181,8 +181,8 @@ class ARModel(nn.Module):
             return self.output(self.norm(x.float()))[:, 0]
 
     @torch.no_grad()
-    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None, top_p=None):
-        """Paint classes (B,) int64 -> tokens (B, N) int64.
+    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None, top_p=None, kept=None):
+        """Paint classes (B,) int64 -> tokens (B, N) int64. kept: tokens (B, K) to go on from, by default none.
 
         uniforms: (B, N) numbers in [0, 1) that decide every choice, see `image_uniforms`; by default torch's generator
         draws them. cfg_scale 1 does without guidance and at half the work; None takes the scale and power of the config.
@@ -204,7 +204,8 @@ class ARModel(nn.Module):
             logits = self.step(ids, t, caches)
             if cfg_scale != 1:
                 logits = guide(*logits.chunk(2), t, config.num_tokens, cfg_scale, cfg_power)
-            tokens[:, t] = sample_tokens(logits, uniforms[:, t], temperature, top_k, top_p)
+            tokens[:, t] = (kept[:, t] if kept is not None and t < kept.shape[1] else
+                            sample_tokens(logits, uniforms[:, t], temperature, top_k, top_p))
             ids = tokens[:, t] if cfg_scale == 1 else tokens[:, t].repeat(2)
         return tokens
 

@@ -11,8 +11,10 @@ Notable:
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -366,20 +368,12 @@ def epoch_order(n, seed, epoch):
     return generator("order", seed, epoch).permutation(n)
 
 
-class BatchKeys:
-    """Batch sampler: for each step from `start` on, this rank's share of the global batch in `accum` micro-batches."""
-
-    def __init__(self, n, seed, batch_size, accum, start, rank, ranks):
-        self.n, self.seed, self.batch_size, self.start = n, seed, batch_size, start
-        self.accum, self.rank, self.ranks = accum, rank, ranks
-
-    def __iter__(self):
-        step, micro = self.start, self.batch_size // self.ranks // self.accum
-        while True:
-            for part in range(self.accum):
-                first = step * self.batch_size + (self.rank * self.accum + part) * micro
-                yield stream_keys(self.n, self.seed, first, micro)
-            step += 1
+def batch_keys(n, seed, batch_size, accum, start, rank, ranks):
+    """For each step from `start` on, this rank's share of the global batch in `accum` micro-batches, without end."""
+    micro = batch_size // ranks // accum
+    for step in itertools.count(start):
+        for part in range(accum):
+            yield stream_keys(n, seed, step * batch_size + (rank * accum + part) * micro, micro)
 
 
 def spread(n, count):
@@ -389,32 +383,29 @@ def spread(n, count):
 
 
 class Reader(torch.utils.data.Dataset):
-    """Reads (epoch, index) keys; an unreadable image travels as its error, so that workers can't bury it."""
+    """Reads batches of keys; an unreadable image travels as its error, so that workers can't bury it."""
 
-    def __init__(self, dataset, read):
-        self.dataset, self.read = dataset, read
+    def __init__(self, read):
+        self.read = read
 
-    def __getitem__(self, key):
+    def __getitem__(self, keys):
         try:
-            return self.read(*key)
+            return default_collate([self.read(*key) for key in keys])
         except InputError as error:
             return error
 
 
-def collate(items):
-    for item in items:
-        if isinstance(item, InputError):
-            return item
-    if isinstance(items[0], tuple):
-        images, labels = zip(*items)
-        return torch.stack(images), torch.tensor(labels)
-    return torch.stack(items)
+def leave_signals_to_the_trainer(worker):
+    """A reading process goes on when the whole group is told to stop: the step under way needs its batch."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset, keys, workers=0, read=None):
-    """Iterate over batches of `read(*key)`, by default (images (B, 3, H, W) uint8, classes (B,)), in the order of `keys`."""
-    loader = DataLoader(Reader(dataset, read or dataset.read), batch_sampler=keys, collate_fn=collate, num_workers=workers,
-                        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+    """Iterate over batches of `read(*key)`, by default (images (B, 3, H, W) uint8, classes (B,)), for each batch in `keys`."""
+    loader = DataLoader(Reader(read or dataset.read), sampler=keys, batch_size=None, num_workers=workers,
+                        worker_init_fn=leave_signals_to_the_trainer, pin_memory=torch.cuda.is_available(),
+                        prefetch_factor=4 if workers else None)
     for batch in loader:
         if isinstance(batch, InputError):
             raise batch
@@ -444,7 +435,7 @@ class TokenCache:
             self.tokens, self.labels = (np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r", allow_pickle=False)
                                         for name in ("tokens", "labels"))
             whole = self.tokens.shape == shape and self.tokens.dtype == np.uint16 and np.array_equal(self.labels, labels)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             whole = False
         if not whole:
             self.refuse()
@@ -493,22 +484,29 @@ def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
     if not found.get("finished"):
         build_cache(folder, dataset, tokenizer, device, workers, batch_size)
         if rank == 0:
+            if len(left := unwritten(np.load(os.path.join(folder, "tokens.npy"), mmap_mode="r"))):
+                raise InputError(f"{len(left)} rows of the token cache in {folder} did not arrive on the disk; run this again")
             write_text(note, json.dumps({**want, "finished": True}, indent=1))
     barrier()
     return TokenCache(folder, shape, dataset.labels, config.codebook_size)
+
+
+def unwritten(tokens):
+    """Indices of the images of which not all tokens are there."""
+    return np.concatenate([np.flatnonzero((tokens[at:at + 4096] == UNWRITTEN).any(axis=(1, 2))) + at
+                           for at in range(0, len(tokens), 4096)])
 
 
 def build_cache(folder, dataset, tokenizer, device, workers, batch_size):
     """Encode the rows of tokens.npy that are not written yet, every rank its share."""
     rank, ranks = rank_and_count()
     tokens = np.lib.format.open_memmap(os.path.join(folder, "tokens.npy"), "r+")
-    missing = np.concatenate([np.flatnonzero((tokens[at:at + 4096] == UNWRITTEN).any(axis=(1, 2))) + at
-                              for at in range(0, len(tokens), 4096)])
+    missing = unwritten(tokens)
     barrier()                                 # every rank has the same list before one of them shortens it
-    mine = missing[rank::ranks]
+    mine = np.array_split(missing, ranks)[rank]                                # in one piece: other ranks' pages stay theirs
     crops = tokens.shape[1]
     rows = [mine[at:at + max(1, batch_size // crops)] for at in range(0, len(mine), max(1, batch_size // crops))]
-    keys = [[(int(index),) for index in part] for part in rows]
+    keys = [part[:, None] for part in rows]
     progress = tqdm(total=len(missing), desc="tokens", unit="img", disable=rank > 0)
     for part, images in zip(rows, batches(dataset, keys, workers, dataset.read_crops)):
         ids = tokenizer.encode(to_float(images.flatten(0, 1), device))
@@ -522,6 +520,9 @@ def build_cache(folder, dataset, tokenizer, device, workers, batch_size):
 # -----------------------------------------------------------------------------
 # Ranks
 
+PATIENCE = datetime.timedelta(hours=2)        # a rank may wait for another's download or evaluation; torchrun sees to dead ones
+
+
 def start_ranks(device="auto"):
     """Join the other ranks when torchrun started this one. -> rank, number of ranks, device."""
     device = pick_device(device)
@@ -534,9 +535,9 @@ def start_ranks(device="auto"):
                 raise InputError(f"rank {local} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)    # gloo for what need not wait for the GPU
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=PATIENCE)
     return *rank_and_count(), device
 
 
@@ -554,7 +555,8 @@ def pick_dtype(name, device):
     """--dtype of the matrix work in training: bfloat16 where the hardware has it, unless named."""
     if name != "auto":
         return name
-    fast = device.type == "cuda" or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": lambda: getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")}.get(device.type, bool)()
     return "bfloat16" if fast else "float32"
 
 
@@ -564,7 +566,6 @@ class Interruptions:
     Inside `with`, the first signal is noted, for `due` to tell; a second one, more than a second later (torchrun and the terminal
     may both deliver the first), ends the process at once. All ranks get the same answers.
     """
-    TOGETHER = 10                             # steps between the ranks' consultations
 
     def __init__(self, steps, minutes):
         self.steps, self.minutes, self.signal, self.saved = steps, minutes, 0, time.monotonic()
@@ -583,37 +584,35 @@ class Interruptions:
         if not self.signal:
             self.signal, self.noted = number, time.monotonic()
 
-    def due(self, step, device):
+    def due(self, step):
         """-> whether to save after so many steps, and the signal to obey after that, or 0."""
-        found = torch.tensor([self.minutes and time.monotonic() > self.saved + 60 * self.minutes, self.signal], dtype=torch.int32)
-        if dist.is_initialized():
-            if step % self.TOGETHER:
-                return step % self.steps == 0, 0
-            found = found.to(device)
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        late, number = found.tolist()
-        if save := bool(late or number or step % self.steps == 0):
+        late = self.minutes and time.monotonic() > self.saved + 60 * self.minutes
+        late, number = over_ranks([late, self.signal], dist.ReduceOp.MAX)
+        save = bool(late or number or step % self.steps == 0)
+        if save:
             self.saved = time.monotonic()
-        return save, number
+        return save, int(number)
 
 
 def rank_and_count():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def barrier():
+def over_ranks(values, operation=dist.ReduceOp.SUM):
+    """A list of numbers, summed (or whatever) over ranks. Waits for the other processes, not for GPUs."""
+    tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(tensor, operation)
+    return tensor.tolist()
+
+
+def barrier():
+    over_ranks([0])
 
 
 def mean_over_ranks(values):
     """{name: number} -> the same, averaged over ranks."""
-    if dist.is_initialized():
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64)
-        tensor = tensor.cuda() if dist.get_backend() == "nccl" else tensor
-        dist.all_reduce(tensor)
-        values = dict(zip(values, (tensor / dist.get_world_size()).tolist()))
-    return values
+    return {name: total / rank_and_count()[1] for name, total in zip(values, over_ranks(list(values.values())))}
 
 
 def benchmark(name, step, images, device, dtype, steps=4):
@@ -623,6 +622,8 @@ def benchmark(name, step, images, device, dtype, steps=4):
     what a large matrix product reaches in the same run. Attention on a CPU is not counted among the operations.
     """
     import resource                           # not there on Windows
+    if rank_and_count()[1] > 1:
+        raise InputError("--benchmark measures one process: run it without torchrun")
 
     def wait():
         if device.type == "cuda":
@@ -637,8 +638,8 @@ def benchmark(name, step, images, device, dtype, steps=4):
         return (time.perf_counter() - began) / times
 
     with FlopCounterMode(display=False) as counter:
-        step(0)
-    for k in (1, 2):                          # compiles, and fills the optimizer's state
+        step(0), step(1)                      # in a GAN phase, a turn of either network
+    for k in (2, 3):                          # compiles, and fills the optimizers' states
         step(k)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -649,7 +650,7 @@ def benchmark(name, step, images, device, dtype, steps=4):
     matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
     seconds(lambda k: matrix @ matrix, 2)
     rate = 2 * size ** 3 / seconds(lambda k: matrix @ matrix, 5)
-    done = counter.get_total_flops() / took
+    done = counter.get_total_flops() / 2 / took
     print(json.dumps({"step": name, "dtype": dtype, "batch": images, "ms": round(took * 1000, 1),
                       "images_per_s": round(images / took, 2), "peak_memory_gb": round(peak / 1e9, 2),
                       "teraflops_per_s": round(done / 1e12, 3), "mfu": round(done / rate, 3)}))
@@ -704,7 +705,10 @@ def create_array(path, dtype, shape, fill):
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     except OSError as error:
-        raise InputError(f"can't make {path} of {math.prod(shape) * np.dtype(dtype).itemsize:,} bytes ({error})") from None
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        raise InputError(f"can't make {path} of {math.prod(shape) * np.dtype(dtype).itemsize:,} bytes ({error}); make room, or "
+                         "name another place") from None
     array[:] = fill
     array.flush()
 
@@ -720,23 +724,34 @@ def save_checkpoint(path, kind, config, model, keep=False, **more):
 def load_state(path, kind):
     """The training state that a run goes on from: that in `path`, or the one before where it is damaged. None: start anew.
 
-    Rank 0 says which. InputError when there are files and none of them can be used.
+    Rank 0 chooses and says so. InputError when there are files and none of them can be used.
     """
-    there = [name for name in (path, f"{path}.previous") if os.path.exists(name)]
-    for at, name in enumerate(there):
-        try:
-            state = load_checkpoint(name, kind)
-            break
-        except InputError as error:
-            if at + 1 == len(there):
-                raise
-            trouble = f"{error}; going on from the save before it, {there[at + 1]}"
+    chosen = [None]
     if rank_and_count()[0] == 0:
+        there, trouble = [name for name in (path, f"{path}.previous") if os.path.exists(name)], None
+        for at, name in enumerate(there):
+            try:
+                load_checkpoint(name, kind)
+                if bad := zipfile.ZipFile(name).testzip():
+                    raise InputError(f"{name} is damaged (in {bad})")
+                chosen = [name]
+                break
+            except InputError as error:
+                trouble = error
+        if trouble and not chosen[0]:
+            raise trouble
         if not there:
             tqdm.write(f"nothing to resume at {path}: starting anew", file=sys.stderr)
-        elif name != path:
-            tqdm.write(f"warning: {trouble if at else f'{path} is missing; going on from {name}'}", file=sys.stderr)
-    return state if there else None
+        elif chosen[0] != path:
+            tqdm.write(f"warning: {trouble or f'{path} is missing'}; going on from the save before it, {chosen[0]}", file=sys.stderr)
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    if not chosen[0]:
+        return None
+    state = load_checkpoint(chosen[0], kind)
+    if over_ranks([state["step"]], dist.ReduceOp.MAX)[0] != -over_ranks([-state["step"]], dist.ReduceOp.MAX)[0]:
+        raise InputError(f"the ranks see different contents in {chosen[0]}; --out must be one folder for all of them")
+    return state
 
 
 def load_checkpoint(path, kind, convert=lambda state: None):
@@ -787,23 +802,25 @@ def file_digest(path, algorithm="sha256"):
 
 
 def fetch(address, digest, instead):
-    """Path in torch.hub's folder of a file that others publish; rank 0 downloads it when it is missing.
+    """Path in torch.hub's folder of a file that others publish; one rank of each machine downloads it when it is missing.
 
     digest: (algorithm, how the file's digest begins), checked before use. instead: what a user without network can do.
     """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
-    algorithm, begins = digest
-    if rank_and_count()[0] == 0:
+    (algorithm, begins), part = digest, f"{path}.{os.getpid()}"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         if not os.path.exists(path):
             before = socket.getdefaulttimeout()
             try:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 socket.setdefaulttimeout(30)  # torch.hub sets none, and a firewall may keep it waiting for minutes
-                torch.hub.download_url_to_file(address, path + ".part")
-                if not file_digest(path + ".part", algorithm).startswith(begins):
+                torch.hub.download_url_to_file(address, part)
+                if not file_digest(part, algorithm).startswith(begins):
                     raise OSError(f"invalid hash value: its {algorithm} does not begin with {begins}")
-                os.replace(path + ".part", path)
+                os.replace(part, path)
             except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.remove(part)
                 raise InputError(f"can't download {os.path.basename(path)} ({error}); fetch {address} elsewhere and put it at "
                                  f"{path}, or {instead}") from None
             finally:
@@ -819,9 +836,9 @@ def load_weights(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                # pickle, zip and torch each have their own kinds
-        raise InputError(f"{path} can't be loaded as weights ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(f"{path} can't be loaded as weights ({str(error).strip().splitlines()[0]}); get it anew") from None
     if not isinstance(state, dict):
-        raise InputError(f"{path} can't be loaded as weights: it holds a {type(state).__name__}")
+        raise InputError(f"{path} can't be loaded as weights, it holds a {type(state).__name__}: is it another file?")
     return state
 
 
@@ -843,18 +860,26 @@ class Log:
         if rank_and_count()[0] == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"run": self.name, "step": step, **values}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def to_picture(image):
+    """(3, H, W) in [0, 1] -> PIL image."""
+    return Image.fromarray((image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def grid_image(images, columns):
+    """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between."""
+    n, _, height, width = images.shape
+    sheet = Image.new("RGB", (columns * (width + 2) + 2, -(-n // columns) * (height + 2) + 2), "white")
+    for k, image in enumerate(images):
+        sheet.paste(to_picture(image), (2 + k % columns * (width + 2), 2 + k // columns * (height + 2)))
+    return sheet
 
 
 def save_grid(path, images, columns):
-    """Images (n, 3, H, W) in [0, 1] -> a PNG grid with `columns` pictures a row."""
-    images = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-    n, _, height, width = images.shape
-    rows = -(-n // columns)
-    sheet = torch.full((3, rows * (height + 2) + 2, columns * (width + 2) + 2), 255, dtype=torch.uint8)
-    for k, image in enumerate(images):
-        top, left = 2 + k // columns * (height + 2), 2 + k % columns * (width + 2)
-        sheet[:, top:top + height, left:left + width] = image
-    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    picture = grid_image(images, columns)
     replace_file(path, lambda file: picture.save(file, "PNG"))
 
 

@@ -2,6 +2,9 @@
 
     python sample.py --class 207                    # with out/tokenizer.pt and out/ar.pt, else with the demo in weights/
     python sample.py --class tench 12 --n 8 --seed 3 --cfg-scale 4
+    python sample.py --class 207 --n 1 --paint painting.gif      # token by token
+    python sample.py --image photo.png --keep 0.5 --n 8          # the first half of its tokens is kept, the rest painted anew
+    python sample.py --reconstruct photos/ --out grid.png        # what the tokenizer makes of pictures
     torchrun --nproc_per_node=8 sample.py --npz samples.npz --num-images 50000
 
 Picture k of a command is a function of (seed, k) alone: neither the batch size nor the number of ranks changes it.
@@ -15,12 +18,15 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
+import fid
 from ar_model import image_uniforms, load_ar
 from data import InputError
-from tokenizer import load_tokenizer
+from tokenizer import load_causal_decoder, load_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -30,9 +36,9 @@ def find_weights(args):
     demo = os.path.join(HERE, "weights")
     for folder in (args.out, demo):
         pair = [os.path.join(folder, name) for name in ("tokenizer.pt", "ar.pt")]
-        if all(map(os.path.exists, pair)):
+        if all(map(os.path.exists, pair[:1] if args.reconstruct else pair)):
             break
-    if folder == demo and not (args.tokenizer and args.ar) and data.rank_and_count()[0] == 0:
+    if folder == demo and not (args.tokenizer and (args.ar or args.reconstruct)) and data.rank_and_count()[0] == 0:
         print(f"no tokenizer.pt and ar.pt together in {args.out}: taking the demo model in weights/", file=sys.stderr)
     return args.tokenizer or pair[0], args.ar or pair[1]
 
@@ -49,19 +55,21 @@ def class_id(word, model):
         f", or names such as {', '.join(map(repr, close or names[:3]))}" if names else ""))
 
 
-def paint(model, tokenizer, pictures, args, device):
-    """Paint this rank's share of `pictures`, a list of (number k, class id), batch by batch.
+def paint(model, tokenizer, pictures, args, device, kept=None):
+    """Paint this rank's share of `pictures`, a list of (number k, class id), batch by batch. kept: (K,) first tokens of all.
 
     Yields numbers (list), tokens (B, N) int64 and images (B, 3, H, W) uint8 on the CPU.
     """
     rank, ranks = data.rank_and_count()
-    mine = pictures[rank::ranks]
+    share = -(-len(pictures) // ranks)
+    mine = pictures[rank * share:(rank + 1) * share]          # in one piece, so that ranks write to different pages of a file
     progress = tqdm(total=len(pictures), desc="painting", unit="img", disable=rank > 0)
     for at in range(0, len(mine), args.batch_size):
         numbers, classes = zip(*mine[at:at + args.batch_size])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             tokens = model.generate(torch.tensor(classes), image_uniforms(args.seed, numbers, model.config.num_tokens),
-                                    args.cfg_scale, args.cfg_power, args.temperature, args.top_k, args.top_p)
+                                    args.cfg_scale, args.cfg_power, args.temperature, args.top_k, args.top_p,
+                                    None if kept is None else kept.expand(len(numbers), -1))
             images = (tokenizer.decode(tokens) * 255).round().byte()
         yield list(numbers), tokens.cpu(), images.cpu()
         progress.update(min(len(numbers) * ranks, len(pictures) - progress.n))
@@ -84,6 +92,93 @@ def paint_grid(model, tokenizer, ids, args, device):
         data.save_grid(path, images / 255, args.n if len(ids) > 1 else max(1, round(args.n ** 0.5)))
     return path
 
+
+# -----------------------------------------------------------------------------
+# Looking inside
+
+UNPAINTED = 0.85                 # grey
+
+
+def so_far(image, strip, config, painted):
+    """A picture of which the first `painted` tokens are known: the prefix strip in a band of its own over the image.
+
+    image (B, 3, H, W) and strip (B, 3, p, (g+1)*p), of the causal decoder -> (B, 3, H + 2p, W + p); the rest is grey.
+    """
+    g, p, P = config.grid, config.patch_size, config.prefix_tokens
+    order = torch.arange(config.num_tokens, device=image.device)
+    strip_order = order[:P].repeat_interleave(p).expand(p, -1)
+    image_order = order[P:].view(g, g).repeat_interleave(p, 0).repeat_interleave(p, 1)
+    canvas = torch.full((len(image), 3, g * p + 2 * p, P * p), UNPAINTED, device=image.device)
+    canvas[..., :p, :] = strip.where(strip_order < painted, UNPAINTED)
+    canvas[..., 2 * p:, :g * p] = image.where(image_order < painted, UNPAINTED)
+    return canvas
+
+
+def paint_gif(model, tokenizer, causal, ids, args, device):
+    """--paint: the pictures of a grid appearing token by token, as far as the causal decoder is sure; last, the finished ones."""
+    pictures = [(k, label) for k, label in enumerate(label for label in ids for _ in range(args.n))]
+    parts = list(paint(model, tokenizer, pictures, args, device))
+    tokens, finished = torch.cat([part[1] for part in parts]).to(device), torch.cat([part[2] for part in parts])
+    with torch.no_grad():
+        image, strip = causal.decoder(F.embedding(tokens, causal.quantizer.codebook))
+    frames = [so_far(image, strip, causal.config, k) for k in range(causal.config.num_tokens + 1)]
+    frames.append(so_far(finished.to(device) / 255, strip, causal.config, causal.config.num_tokens))
+    zoom = max(1, 256 // (causal.config.image_size * min(len(pictures), args.n)))
+    sheets = [data.grid_image(frame.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), args.n) for frame in frames]
+    data.replace_file(args.paint, lambda file: sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], loop=0,
+                                                             duration=[60] * (len(sheets) - 2) + [600, 3000]))
+    return args.paint
+
+
+def read_square(path, size):
+    """An image file of any size and format, centre-cropped: (1, 3, size, size) in [0, 1]."""
+    if not os.path.isfile(path):
+        raise InputError(f"no such image: {path}")
+    return data.to_tensor(data.centre_crop(data.read_image(path), size))[None].float() / 255
+
+
+def complete(model, tokenizer, causal, ids, args, device):
+    """--image: the AR model goes on from the first --keep of the picture's tokens. A grid of the original, what is kept of it
+    (as the causal decoder paints it), and --n completions."""
+    config = tokenizer.config
+    original = read_square(args.image, config.image_size).to(device)
+    tokens = tokenizer.encode(original)
+    kept = round(args.keep * config.num_tokens)
+    label = ids[0] if ids else model.config.num_classes
+    if not ids:
+        args.cfg_scale = 1.0                  # without a class there is nothing to guide to
+    parts = list(paint(model, tokenizer, [(k, label) for k in range(args.n)], args, device, tokens[0, :kept]))
+    with torch.no_grad():
+        image, strip = causal.decoder(F.embedding(tokens, causal.quantizer.codebook))
+    seen = so_far(image, strip, config, kept)[..., 2 * config.patch_size:, :config.image_size]
+    path = args.png or os.path.join(args.out, "completed.png")
+    data.save_grid(path, torch.cat([original, seen, *(part[2].to(device) / 255 for part in parts)]), args.n + 2)
+    return path
+
+
+def reconstruct(tokenizer, causal, args, device):
+    """--reconstruct: original, stage-1 and stage-2 reconstruction of a folder's first -n images, with PSNR in dB below."""
+    paths = fid.Folder(args.reconstruct).paths[:args.n]
+    if not paths:
+        raise InputError(f"no images in {args.reconstruct}")
+    size = tokenizer.config.image_size
+    originals = torch.cat([read_square(path, size) for path in paths]).to(device)
+    tokens = tokenizer.encode(originals)
+    columns = [originals, causal.decode(tokens), tokenizer.decode(tokens)]
+    cell = max(size, 64)
+    sheet = Image.new("RGB", (3 * (cell + 4), len(paths) * (size + 18)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (name, images) in enumerate(zip(("original", "stage 1", "stage 2"), columns)):
+        for row, (image, value) in enumerate(zip(images, fid.psnr(images, originals).tolist())):
+            left, top = column * (cell + 4) + 2, row * (size + 18) + 2
+            sheet.paste(data.to_picture(image), (left, top))
+            pen.text((left, top + size + 1), name if not column else f"{value:.1f} dB", "black", ImageFont.load_default(11))
+    path = args.png or os.path.join(args.out, "reconstructed.png")
+    data.replace_file(path, lambda file: sheet.save(file, "PNG"))
+    return path
+
+
+# -----------------------------------------------------------------------------
 
 def paint_npz(model, tokenizer, args, device, settings):
     """--num-images pictures, classes in turn (0, 1, ... and again), into an .npz that ADM's evaluator reads (`arr_0`).
@@ -121,6 +216,8 @@ def paint_npz(model, tokenizer, args, device, settings):
     done.flush()
     data.barrier()
     if rank == 0:
+        if not done.all():
+            raise InputError(f"{(done == 0).sum()} pictures did not arrive in {part}; run this again")
         data.replace_file(args.npz, lambda file: np.savez(file, arr_0=images))
         shutil.rmtree(part)
     return args.npz
@@ -131,6 +228,15 @@ LEAST = {"n": 1, "num_images": 1, "batch_size": 1, "top_k": 1,
 
 
 def check(args):
+    """InputError for what can't be painted, before anything is loaded."""
+    if args.out.endswith(".png"):             # where the grid goes, too
+        args.png, args.out = args.out, "out"
+    given = [name for name in ("npz", "reconstruct", "image", "classes") if getattr(args, name)]
+    if not given or len(given) > 1 and given != ["image", "classes"] or args.paint and given != ["classes"]:
+        raise InputError("say what to paint: --class (and --paint, to see it appear), --image (with or without one --class), "
+                         "--reconstruct or --npz")
+    if args.image and len(args.classes) > 1 or not 0 <= args.keep <= 1:
+        raise InputError(f"--image takes one --class at most and --keep from 0 to 1, found {len(args.classes)} and {args.keep}")
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not least <= value < np.inf:
@@ -141,9 +247,14 @@ def check(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="paint a grid of these, numbers or names")
+    parser.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="paint a grid of these, numbers "
+                        "or names")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--paint", metavar="GIF", help="with --class: show the grid appear token by token")
+    what.add_argument("--image", help="go on from the first tokens of this picture, with or without a --class")
+    what.add_argument("--reconstruct", metavar="FOLDER", help="original, stage-1 and stage-2 reconstructions of its images")
     what.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py and ADM's evaluator")
+    parser.add_argument("--keep", type=float, default=0.5, help="with --image: share of its tokens to keep")
     parser.add_argument("--num-images", type=int, default=50_000, help="pictures in the .npz, over all classes")
     parser.add_argument("-n", "--n", type=int, default=16, help="pictures of each class; torchrun lets only -n through")
     parser.add_argument("--seed", type=int, default=0)
@@ -162,23 +273,33 @@ def main():
     args = parser.parse_args()
     check(args)
     rank, ranks, device = data.start_ranks(args.device)
+    if ranks > 1 and (args.paint or args.image or args.reconstruct):
+        raise InputError("--paint, --image and --reconstruct are for a single process: run them without torchrun")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     paths = find_weights(args)
     tokenizer = load_tokenizer(paths[0], device)
+    causal = load_causal_decoder(paths[0], device) if args.paint or args.image or args.reconstruct else None
+    if args.reconstruct:
+        print(f"reconstructed {args.reconstruct} with {paths[0]}: {reconstruct(tokenizer, causal, args, device)}")
+        return
     model = load_ar(paths[1], device, tokenizer.config.grid)
     if (model.config.codebook_size, model.config.grid) != (tokenizer.config.codebook_size, tokenizer.config.grid) or (
             model.tokenizer and model.tokenizer != tokenizer.fingerprint()):
         raise InputError(f"{paths[1]} was trained on the tokens of another tokenizer than {paths[0]}")
+    ids = [class_id(word, model) for word in args.classes]
+    what = ", ".join(f"{k} ({model.classes[k]})" if model.classes else str(k) for k in ids[:8])
     if args.npz:
         settings = {name: getattr(args, name) for name in ("num_images", "seed", "cfg_scale", "cfg_power", "temperature",
                                                            "top_k", "top_p", "dtype")}
         settings |= {"tokenizer": data.file_digest(paths[0]), "ar": data.file_digest(paths[1])}
         path, what = paint_npz(model, tokenizer, args, device, settings), f"{args.num_images} pictures"
+    elif args.image:
+        path, what = complete(model, tokenizer, causal, ids, args, device), f"{args.n} ways to go on from {args.image}"
+    elif args.paint:
+        path = paint_gif(model, tokenizer, causal, ids, args, device)
     else:
-        ids = [class_id(word, model) for word in args.classes]
         path = paint_grid(model, tokenizer, ids, args, device)
-        what = ", ".join(f"{k} ({model.classes[k]})" if model.classes else str(k) for k in ids[:8])
     if rank == 0:
         print(f"painted {what} with {paths[1]}: {path}")
 

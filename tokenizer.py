@@ -92,7 +92,7 @@ class Attention(nn.Module):
     def forward(self, x, causal=False, mask=None):
         B, T, C = x.shape
         q, k, v = self.in_proj(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
-        dtype = torch.float32 if v.device.type == "cpu" else v.dtype             # bfloat16 attention is slow on CPUs
+        dtype = torch.float32 if v.device.type == "cpu" and v.requires_grad else v.dtype   # CPUs are slow at its bfloat16 gradient
         with torch.autocast(v.device.type, enabled=False):
             x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
@@ -226,11 +226,11 @@ class Quantizer(nn.Module):
         self.seen = found
 
     @torch.no_grad()
-    def revive(self):
+    def revive(self, skip=False):
         """Once an optimiser step: pull codes that are hardly used onto latents of this batch, over all ranks (CVQ).
 
         A code used as often as the average one does not move; one that is never used becomes the latent nearest to it.
-        Ranks exchange counts and one candidate a code. A batch with latents that are not finite changes nothing.
+        Ranks exchange counts and one candidate a code. skip: whether to leave all as it is, a boolean on any device.
         """
         counts, distance, candidate = self.seen
         self.seen = None
@@ -242,7 +242,7 @@ class Quantizer(nn.Module):
             gathered = torch.stack(gathered)                                                           # (ranks, K, 1 + D)
             best = gathered[:, :, 0].argmin(0)
             candidate = gathered[best, torch.arange(len(best), device=best.device), 1:]
-        good = candidate.isfinite().all().float()            # stays on the device
+        good = 1.0 - torch.as_tensor(skip).float()
         self.usage.lerp_(counts / counts.sum(), (1 - self.DECAY) * good)
         alpha = good * torch.exp(-self.usage * len(self.codebook) * 10 / (1 - self.DECAY) - 1e-3)
         self.codebook.lerp_(candidate.nan_to_num(0, 0, 0), alpha[:, None])
@@ -448,4 +448,21 @@ def load_tokenizer(path, device="cpu"):
     if model.config.decoder == "bidirectional":
         model.requires_grad_(False)
     fill(model, checkpoint["model"], path)
+    return model.to(device).eval()
+
+
+def load_causal_decoder(path, device="cpu"):
+    """The tokenizer of a file with its stage-1 decoder, which train_tokenizer.py keeps beside the stage-2 one.
+
+    InputError when the file has none, as the released one.
+    """
+    checkpoint = load_checkpoint(path, "tokenizer", from_released)
+    state, config = checkpoint["model"], TokenizerConfig(**{**checkpoint["config"], "decoder": "causal"})
+    if checkpoint["config"]["decoder"] != "causal":
+        if not checkpoint.get("causal_decoder"):
+            raise InputError(f"{path} keeps no causal decoder to paint with token by token; name a file that train_tokenizer.py wrote")
+        state = {**{name: value for name, value in state.items() if not name.startswith("decoder.")},
+                 **{f"decoder.{name}": value for name, value in checkpoint["causal_decoder"].items()}}
+    model = Tokenizer(config)
+    fill(model, state, path)
     return model.to(device).eval()

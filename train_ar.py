@@ -20,12 +20,12 @@ import fid
 from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
 from data import InputError
 from tokenizer import load_tokenizer
-from train_tokenizer import (FIXED, add_run_arguments, check_resumed, check_run_arguments, learning_rate, no_sync,
-                             optimizer_step, refuse_overwrite, refuse_to_go_on, wrap)
+from train_tokenizer import (FIXED, CarefulAdamW, add_run_arguments, check_resumed, check_run_arguments, learning_rate, no_sync,
+                             refuse_overwrite, wrap)
 
 PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
 RECIPES = {
-    "tiny": dict(steps=8000, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
+    "tiny": dict(steps=9000, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
     "B": PAPER, "L": PAPER, "XL": {**PAPER, "steps": 250_000},
 }
 
@@ -86,9 +86,7 @@ class Update:
         self.model, self.args, self.device, self.rank = model, args, device, rank
         decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("embeddings")]
         others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.startswith("embeddings")]
-        self.optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
-                                           betas=(0.9, 0.96), weight_decay=0.03, fused=True)
-        self.skipped, self.in_row = torch.zeros((), device=device), torch.zeros((), device=device)      # steps without effect
+        self.optimizer = CarefulAdamW(decayed, others, args, betas=(0.9, 0.96), weight_decay=0.03)
         model.recompute = args.grad_checkpoint
         if device.type == "cuda" and not args.no_compile:
             model.compile()
@@ -110,8 +108,7 @@ class Update:
                 (loss / args.accum).backward()
             sums["loss"] += loss.detach() / args.accum
             sums["accuracy"] += (logits.argmax(-1) == tokens).float().mean() / args.accum
-        bad = optimizer_step(self.optimizer, lr, args.clip)
-        self.skipped, self.in_row = self.skipped + bad, (self.in_row + 1) * bad
+        self.optimizer.step(lr)
         return sums, lr
 
 
@@ -126,13 +123,12 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions
                       FIXED + ["class_dropout", "tokenizer"] + list(asdict(config)))
         model.load_state_dict(state["model"])
         update.optimizer.load_state_dict(state["optimizer"])
-        update.skipped, update.in_row = (torch.tensor(float(count), device=device) for count in state["skipped"])
         start = saved = state["step"]
     if args.eval_fid:
         inception = fid.load_inception(args.inception, device)
         reference = fid.extract(val_set, inception, device, args.eval_images, "validation images")
     log = data.Log(f"{args.out}/log.jsonl", run, start)
-    keys = iter(data.BatchKeys(len(train_cache), args.seed, args.batch_size, args.accum, start, rank, ranks))
+    keys = data.batch_keys(len(train_cache), args.seed, args.batch_size, args.accum, start, rank, ranks)
 
     def save(path, step, weights, **more):
         if rank == 0:
@@ -150,10 +146,10 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions
         done = step + 1
         if done % 20 == 0 or done == args.steps:
             values = data.mean_over_ranks({name: value.item() for name, value in losses.items()})
-            refuse_to_go_on(update.in_row, done, path, saved)
+            update.optimizer.check(done, path, saved)
             speed = seen / (time.perf_counter() - began)
             progress.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.1%}", img_s=f"{speed:.0f}")
-            log.write(done, **values, lr=lr, skipped=int(update.skipped))
+            log.write(done, **values, lr=lr, skipped=int(update.optimizer.skipped))
             began, seen = time.perf_counter(), 0
         if done % args.eval_every == 0 or done == args.steps:
             values = evaluate(model, val_cache, args, device, rank, ranks)
@@ -167,10 +163,9 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions
                                f"accuracy {values['val_accuracy']:.1%}")
             data.barrier()
             began, seen = time.perf_counter(), 0
-        save_now, asked = interruptions.due(done, device)
+        save_now, asked = interruptions.due(done)
         if save_now or done == args.steps:
-            save(path, done, model.state_dict(), optimizer=update.optimizer.state_dict(), args=vars(args),
-                 skipped=[int(update.skipped), int(update.in_row)], keep=True)
+            save(path, done, model.state_dict(), optimizer=update.optimizer.state_dict(), args=vars(args), keep=True)
             saved = done
         if asked:
             raise data.Stopped(asked, f"step {done}; --resume goes on from there")
@@ -205,7 +200,7 @@ def main():
         raise InputError("--steps is above zero and --class-dropout between 0 and 1, "
                          f"found {args.steps} and {args.class_dropout}")
     rank, ranks, device = check_run_arguments(args, RECIPES[args.preset])
-    if not args.resume:
+    if not args.resume and not args.benchmark:
         for name in ("ar_state.pt", "ar.pt"):
             refuse_overwrite(f"{args.out}/{name}")
     changes = {} if args.dropout is None else {"dropout": args.dropout}

@@ -49,7 +49,7 @@ RECIPES = {
     "tiny": dict(batch_size=16, warmup=100, betas=(0.9, 0.95), blend=(0.2, 0.35), discriminator=32, stages=(
         [Phase("pixels", 6000, 1e-3, 1e-5, quantizer=0.1)],
         [Phase("pixels", 4000, 1e-3, 1e-5)])),
-    # As published, for 8 GPUs of 48 images each.
+    # As published, for 8 GPUs of 48 images each; betas are ours, and so is clipping.
     "paper": dict(batch_size=384, warmup=10_000, betas=(0.9, 0.95), blend=(0.0, 0.0), discriminator=128, stages=(
         [Phase("lpips", 50_000, 1e-4, 1e-4, quantizer=1.0, perceptual=0.1, lpips=1.0),
          Phase("perceptual", 200_000, 1e-4, 2e-5, quantizer=1.0, perceptual=1.0),
@@ -81,6 +81,7 @@ def phase_at(phases, step):
         if step < phase.steps:
             return phase, step
         step -= phase.steps
+
 
 def set_phases(args, recipe):
     """Put the phases of both stages into `args`, with --steps, --lr and --no-perceptual applied. -> the rest of the recipe."""
@@ -151,8 +152,8 @@ FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_
 
 
 def check_resumed(path, saved, args, names):
-    changed = [f"--{name.replace('_', '-')} {saved[name]}, now {getattr(args, name)}" for name in names
-               if saved[name] != getattr(args, name)]
+    changed = [f"--{name.replace('_', '-')} {saved.get(name)}, now {getattr(args, name)}" for name in names
+               if saved.get(name) != getattr(args, name)]
     if changed:
         raise InputError(f"{path} was trained with other settings ({'; '.join(changed)}); resume with the old ones, "
                          "or start anew in another --out")
@@ -171,23 +172,43 @@ def learning_rate(step, steps, warmup, peak, final):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizer_step(optimizer, lr, clip):
-    """Clip and apply the gradients, unless one is not finite. -> 1.0 if so, a scalar on the device that nothing waits for."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.found_inf = (~nn.utils.clip_grad_norm_(parameters, clip).isfinite()).float()   # 1: the fused step does nothing
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer.found_inf
+class CarefulAdamW:
+    """AdamW on clipped gradients, which leaves everything as it is in a step whose gradient is not finite, and counts those.
 
+    Nothing here waits for the device: the count is read when it is logged. parameters: all, and which of them decay.
+    """
 
-def refuse_to_go_on(in_row, step, path, saved):
-    """InputError when the latest BAD_STEPS steps all had gradients that are not finite."""
-    if in_row >= BAD_STEPS:
-        raise InputError(f"the gradients of the {int(in_row)} steps up to {step} were not finite; " + (
-            f"{path} holds step {saved}, from where --resume goes on" if saved else "nothing is saved yet") +
-            "; if it happens again, start anew with a lower --lr")
+    def __init__(self, decayed, others, args, betas, weight_decay):
+        self.parameters, self.clip = [*decayed, *others], args.clip
+        self.adamw = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], args.lr, betas,
+                                       weight_decay=weight_decay, fused=True)
+        self.skipped = self.in_row = torch.zeros((), device=self.parameters[0].device)
+
+    def step(self, lr):
+        """-> whether the step was skipped, a boolean on the device."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        bad = ~nn.utils.clip_grad_norm_(self.parameters, self.clip).isfinite()
+        self.adamw.found_inf = bad.float()                   # where this is 1, the fused kernel does nothing
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self.skipped = self.skipped + bad
+        self.in_row = torch.where(self.in_row < BAD_STEPS, (self.in_row + 1) * bad, self.in_row)
+        return bad
+
+    def check(self, step, path, saved):
+        """InputError when BAD_STEPS steps in a row were skipped; `path` holds step `saved`, if any."""
+        if self.in_row >= BAD_STEPS:
+            raise InputError(f"{BAD_STEPS} steps in a row, before step {step}, had gradients that are not finite; " + (
+                f"{path} holds step {saved}, from where --resume goes on" if saved else "nothing is saved yet") +
+                "; if it happens again, start anew with a lower --lr")
+
+    def state_dict(self):
+        return {**self.adamw.state_dict(), "skipped": [int(self.skipped), int(self.in_row)]}
+
+    def load_state_dict(self, state):
+        self.adamw.load_state_dict({name: value for name, value in state.items() if name != "skipped"})
+        self.skipped, self.in_row = (torch.tensor(float(count), device=self.skipped.device) for count in state["skipped"])
 
 
 def wrap(model, ranks, device):
@@ -210,7 +231,12 @@ VISION_FILES = {                 # where they are published, and how their diges
     "lpips": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
               ("md5", "d507d7349b931f06")),
 }
-IMAGENET_MEAN, IMAGENET_STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+
+def fixed(net, **values):
+    """Constants that move with the network but are none of its weights."""
+    for name, value in values.items():
+        net.register_buffer(name, torch.tensor(value), persistent=False)
 
 
 class Permute(nn.Module):
@@ -253,10 +279,10 @@ class ConvNeXt(nn.Module):
             layers.append(nn.Sequential(*(ConvNeXtBlock(width) for _ in range(depth))))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(ChannelNorm(widths[-1], eps=1e-6), nn.Flatten(), nn.Linear(widths[-1], 1000))
+        fixed(self, mean=[[[0.485]], [[0.456]], [[0.406]]], std=[[[0.229]], [[0.224]], [[0.225]]])     # ImageNet's
 
     def forward(self, images):
-        x = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
-        x = (x - IMAGENET_MEAN.to(x.device)) / IMAGENET_STD.to(x.device)
+        x = (F.interpolate(images, (224, 224), mode="bilinear", antialias=True) - self.mean) / self.std
         return self.classifier(self.features(x).mean((2, 3), keepdim=True))
 
 
@@ -274,10 +300,10 @@ class LPIPS(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])
         self.lin = nn.ParameterList(nn.Parameter(torch.rand(1, width, 1, 1)) for width in (64, 128, 256, 512, 512))
+        fixed(self, shift=[[[-0.030]], [[-0.088]], [[-0.188]]], scale=[[[0.458]], [[0.448]], [[0.450]]])
 
     def forward(self, a, b):
-        shift, scale = (torch.tensor(v, device=a.device)[:, None, None] for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
-        x, distance = (2 * torch.cat([a, b]) - 1 - shift) / scale, 0
+        x, distance = (2 * torch.cat([a, b]) - 1 - self.shift) / self.scale, 0
         lins = iter(self.lin)
         for k, layer in enumerate(self.features):
             x = layer(x)
@@ -310,13 +336,6 @@ def load_vision(folder, device):
     return {name: net.to(device).eval().requires_grad_(False) for name, net in nets.items()}
 
 
-def blur_pool(x):
-    """(B, C, H, W) -> (B, C, H/2, W/2), low-passed by the binomial filter (1, 3, 3, 1) before every second pixel is dropped."""
-    line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
-    kernel = (line[:, None] * line).expand(x.shape[1], 1, 4, 4)
-    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
-
-
 class Discriminator(nn.Module):
     """PatchGAN with blur-pooled downsampling: images (B, 3, H, W) in [0, 1] -> logits (B, 1, h, w), high for real patches."""
 
@@ -327,11 +346,17 @@ class Discriminator(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.GroupNorm(32, width) for width in widths[1:])
         self.to_logits = nn.Conv2d(widths[-1], 1, 5, padding=2)
+        fixed(self, blur=[[a * b / 64 for b in (1, 3, 3, 1)] for a in (1, 3, 3, 1)])
+
+    def half(self, x):
+        """(B, C, H, W) -> (B, C, H/2, W/2), low-passed by the binomial filter before every second pixel is dropped."""
+        kernel = self.blur.to(x.dtype).expand(x.shape[1], 1, 4, 4)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
 
     def forward(self, images):
         x = F.leaky_relu(self.stem(2 * images - 1), 0.1)
         for conv, norm in zip(self.convs, self.norms):
-            x = F.leaky_relu(norm(blur_pool(conv(x))), 0.1)
+            x = F.leaky_relu(norm(self.half(conv(x))), 0.1)
         return self.to_logits(F.adaptive_max_pool2d(x, (min(16, x.shape[2]), min(16, x.shape[3]))))
 
 
@@ -374,7 +399,7 @@ def perceptual_loss(convnext, image, target):
 
 
 def hinge_loss(logits):
-    """The discriminator's loss on logits (2B, 1, h, w) of real images, then of painted ones."""
+    """The discriminator's loss on logits (2B, 1, h, w) of real images, then of painted ones; averaging the two is ours."""
     real, painted = logits.float().chunk(2)
     return (F.relu(1 - real).mean() + F.relu(1 + painted).mean()) / 2
 
@@ -407,21 +432,19 @@ class Stage:
         self.number, self.model, self.args, self.vision, self.device = number, model, args, vision, device
         self.phases = args.phases[number - 1]
         self.discriminator, self.last = None, {}             # the latest value of every loss of this phase
-        self.skipped, self.in_row = torch.zeros((), device=device), torch.zeros((), device=device)      # steps without effect
         model.encoder.recompute = model.decoder.recompute = args.grad_checkpoint
         nets = {"tokenizer": model}                          # whose turns there are
         if any(phase.gan for phase in self.phases):
             nets["discriminator"] = self.discriminator = Discriminator(args.discriminator).to(device)
-        self.optimizers = {name: self.optimizer([p for p in net.parameters() if p.requires_grad]) for name, net in nets.items()}
+        self.optimizers = {}
+        for name, net in nets.items():
+            trained = [p for p in net.parameters() if p.requires_grad]
+            self.optimizers[name] = CarefulAdamW([p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2], args,
+                                                 args.betas, weight_decay=1e-4)                        # decay: ours
         if device.type == "cuda" and not args.no_compile:
             model.encoder.compile()
             model.decoder.compile()
         self.wrapped = {name: wrap(net, ranks, device) for name, net in nets.items()}
-
-    def optimizer(self, parameters):
-        groups = [{"params": [p for p in parameters if p.ndim > 1]},
-                  {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, self.args.lr, self.args.betas, weight_decay=1e-4, fused=True)   # decay: ours
 
     def step(self, step, batches):
         """One optimizer step on the micro-batches, (B, 3, H, W) uint8. In a GAN phase the discriminator and the tokenizer
@@ -455,18 +478,16 @@ class Stage:
                 losses["loss"] = total * args.accum
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach() / args.accum
-        bad = optimizer_step(self.optimizers[turn], lr, args.clip)
-        self.skipped, self.in_row = self.skipped + bad, (self.in_row + 1) * bad
+        skipped = self.optimizers[turn].step(lr)
         if self.number == 1 and turn == "tokenizer":
-            self.model.quantizer.revive()
+            self.model.quantizer.revive(skipped)
         self.last = {**(self.last if place else {}), **sums}
         return phase, lr
 
     def state(self):
         """What a checkpoint keeps beside the tokenizer; to be called on all ranks."""
         return {"optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                "discriminator": self.discriminator and self.discriminator.state_dict(), "losses": self.losses(),
-                "skipped": [int(self.skipped), int(self.in_row)]}
+                "discriminator": self.discriminator and self.discriminator.state_dict(), "losses": self.losses()}
 
     def losses(self):
         return data.mean_over_ranks({name: float(loss) for name, loss in self.last.items()})
@@ -476,8 +497,10 @@ class Stage:
             optimizer.load_state_dict(state["optimizers"][name])
         if self.discriminator:
             self.discriminator.load_state_dict(state["discriminator"])
-        self.skipped, self.in_row = (torch.tensor(float(count), device=self.device) for count in state["skipped"])
         self.last = state["losses"]
+
+    def skipped(self):
+        return sum(int(optimizer.skipped) for optimizer in self.optimizers.values())
 
 
 def train_stage(number, model, train, val, args, vision, interruptions, device, rank, ranks):
@@ -488,7 +511,7 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
     state = data.load_state(path, "tokenizer") if args.resume else None
     if state:
         check_resumed(path, {**state["args"], **state["config"]}, argparse.Namespace(**{**vars(args), **asdict(config)}),
-                      FIXED + ["recipe", "no_perceptual"] + list(asdict(config)))
+                      FIXED + ["recipe", "perceptual"] + list(asdict(config)))
         model.load_state_dict(state["model"])
         stage.load(state)
         start = state["step"]
@@ -496,7 +519,7 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
         return
     inception = fid.load_inception(args.inception, device) if args.eval_fid else None
     log = data.Log(f"{args.out}/log.jsonl", run, start)
-    keys = data.BatchKeys(len(train), args.seed + number, args.batch_size, args.accum, start, rank, ranks)
+    keys = data.batch_keys(len(train), args.seed + number, args.batch_size, args.accum, start, rank, ranks)
     stream = data.batches(train, keys, args.workers)
     saved = start
 
@@ -509,8 +532,9 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
 
         done = step + 1
         if done % 20 == 0 or done == steps:
-            losses, skipped = stage.losses(), int(stage.skipped)
-            refuse_to_go_on(stage.in_row, done, path, saved)
+            losses, skipped = stage.losses(), stage.skipped()
+            for optimizer in stage.optimizers.values():
+                optimizer.check(done, path, saved)
             values = {**losses, "codebook_use": model.quantizer.use().item()}
             if "mse" in losses:
                 values["psnr"] = -10 * math.log10(max(losses["mse"], 1e-10))
@@ -525,11 +549,11 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
             log.write(done, val_psnr=value)
             if inception:
                 found = fid.tokenizer_metrics(model, val, inception, device, args.eval_images)
-                log.write(done, inception=inception.origin, **{f"val_{name}": number for name, number in found.items()})
+                log.write(done, inception=inception.origin, **{f"val_{name}": metric for name, metric in found.items()})
             if rank == 0:
                 progress.write(f"{run}, step {done}: validation PSNR {value:.2f} dB")
             began, seen = time.perf_counter(), 0
-        save, asked = interruptions.due(done, device)
+        save, asked = interruptions.due(done)
         if save or done == steps:
             state, saved = stage.state(), done
             if rank == 0:
@@ -546,7 +570,7 @@ def benchmark(config, args, vision, device):
     images = torch.randint(0, 256, (args.batch_size // args.accum, 3, config.image_size, config.image_size), dtype=torch.uint8)
     stage, first = Stage(1, Tokenizer(config).to(device).train(), args, vision, device, 1), 0
     for phase in stage.phases:
-        data.benchmark(f"{args.preset} stage 1, {phase.name}", lambda k: stage.step(first + k, [images] * args.accum),
+        data.benchmark(f"{args.preset} stage 1, {phase.name}", lambda k: stage.step(first + k % 2, [images] * args.accum),
                        args.batch_size, device, args.dtype)
         first += phase.steps
 
@@ -569,12 +593,16 @@ def main():
 
     args.recipe = args.recipe or ("tiny" if args.preset == "tiny" else "paper")
     recipe = RECIPES[args.recipe]
+    if args.benchmark:
+        args.steps = None                     # a phase is measured from its first step on
     args.steps = args.steps or [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
     if min(args.steps) < 1:
         raise InputError(f"--steps takes two numbers above zero, found {args.steps[0]} {args.steps[1]}")
     changes = {name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None}
     config = TokenizerConfig(**{**PRESETS[args.preset], **changes})
     rank, ranks, device = check_run_arguments(args, set_phases(args, recipe))
+    if config.image_size < 16 and any(phase.gan for phases in args.phases for phase in phases):
+        raise InputError(f"the discriminator needs images of 16 pixels at least, found {config.image_size}")
     train, val = data.open_data(args.data, args.val_data, config.image_size, args.seed, args.skip_bad_images, args.num_pictures)
     stages = [1, 2] if args.stage == "both" else [int(args.stage)]
     if not args.resume and not args.benchmark:
@@ -583,14 +611,16 @@ def main():
     vision = {}
     if any(phase.perceptual or phase.lpips for phases in args.phases for phase in phases):
         vision = load_vision(args.vision_weights, device)
+    args.perceptual = "none" if not vision else "random" if args.vision_weights == "random" else "ConvNeXt and LPIPS"
     if args.benchmark:
         return benchmark(config, args, vision, device)
 
-    def finish(model):
+    def finish(model, causal_decoder=None):
         if rank == 0:
-            weights = {name: value.to(getattr(torch, args.save_dtype)) for name, value in model.state_dict().items()}
+            weights, causal = ({name: value.to(getattr(torch, args.save_dtype)) for name, value in net.state_dict().items()}
+                               if net else None for net in (model, causal_decoder))
             data.save_checkpoint(f"{args.out}/tokenizer.pt", "tokenizer", asdict(model.config), weights, classes=train.classes,
-                                 perceptual=bool(vision))
+                                 perceptual=args.perceptual, causal_decoder=causal)
         data.barrier()
 
     with data.Interruptions(args.save_every, args.save_minutes) as interruptions:
@@ -610,9 +640,10 @@ def main():
                 raise InputError(f"{path} holds step {before['step']} of {before['args']['steps'][0]} of stage 1: finish that first, "
                                  "with --resume and without --stage")
             torch.manual_seed(args.seed + 1)
+            causal_decoder = model.decoder
             model.swap_decoder()
             train_stage(2, model, train, val, args, vision, interruptions, device, rank, ranks)
-            finish(model)
+            finish(model, causal_decoder)
     if rank == 0:
         print(f"wrote {args.out}/tokenizer.pt; next: python train_ar.py" + (f" --out {args.out}" if args.out != "out" else ""))
 

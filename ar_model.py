@@ -9,6 +9,7 @@ Notable:
 
 Letters in shapes: B images, T tokens so far, N tokens an image, V codes, H heads of D numbers, C = H * D.
 """
+import functools
 import math
 from dataclasses import asdict, dataclass
 
@@ -46,7 +47,7 @@ class ARConfig:
 
 
 PRESETS = {
-    "tiny": dict(width=160, depth=6, heads=5, dropout=0.0, cfg_scale=2.5, cfg_power=0.5),      # ours
+    "tiny": dict(width=160, depth=6, heads=5, dropout=0.0, cfg_scale=2.0, cfg_power=0.5),      # ours
     "B": dict(width=768, depth=24, heads=16, cfg_scale=16.0, cfg_power=1.8),
     "L": dict(width=1024, depth=24, heads=16, cfg_scale=6.0, cfg_power=0.7),
     "XL": dict(width=1280, depth=32, heads=16, cfg_scale=13.0, cfg_power=1.4),
@@ -95,16 +96,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x, table, cache=None, at=0):
-        """x (B, T, C). With a cache (2, B, H, 1 + N, D), x is the single position `at` and sees the ones before it."""
+        """x (B, T, C). With a cache (2, B, H, 1 + N, D), x is the single position `at` and sees the ones before it.
+
+        at: an int, for which the cache is read as far as it is filled, or a tensor (1,), for which every shape stays the same
+        and one compiled step, or one CUDA graph, serves all positions.
+        """
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)        # (B, H, T, D) each
         q, k = rotate(self.q_norm(q.float()), table), rotate(self.k_norm(k.float()), table)
-        if cache is not None:
+        mask = None
+        if cache is not None and isinstance(at, int):
             cache[0, :, :, at:at + 1], cache[1, :, :, at:at + 1] = k, v
             k, v = cache[0, :, :, :at + 1], cache[1, :, :, :at + 1]
+        elif cache is not None:
+            k, v = (part.index_copy_(2, at, new.to(part.dtype)) for part, new in zip(cache, (k, v)))
+            mask = (torch.arange(k.shape[2], device=k.device) <= at)[None]                   # (1, 1 + N)
         dtype = torch.float32 if v.device.type == "cpu" and v.requires_grad else v.dtype   # CPUs are slow at its bfloat16 gradient
         with torch.autocast(v.device.type, enabled=False):
-            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=cache is None,
+            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, is_causal=cache is None,
                                                dropout_p=self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, T, C))
 
@@ -172,51 +181,76 @@ class ARModel(nn.Module):
                  else block(x, table))
         return self.output(self.norm(x))
 
+    def halve(self):
+        """Make the blocks' matrices bfloat16, half of what a step of sampling has to read; for use under autocast."""
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.bfloat16()
+        return self
+
     def step(self, ids, at, caches):
         """One position of the sequence: embedding rows `ids` (B,) at place `at` -> logits (B, V). Fills the caches."""
+        table = self.table[:, at:at + 1] if isinstance(at, int) else self.table.index_select(1, at)
         x = self.embeddings(ids)[:, None]
         for block, cache in zip(self.blocks, caches):
-            x = block(x, self.table[:, at:at + 1], cache, at)
+            x = block(x, table, cache, at)
         with torch.autocast(x.device.type, enabled=False):        # guidance would magnify bfloat16's rounding
             return self.output(self.norm(x.float()))[:, 0]
 
+    def next_tokens(self, ids, at, caches, uniforms, strength, temperature, top_k, top_p):
+        """Like `step`, and the tokens drawn: (B,), or (B/2,) from the conditional and null halves where strength is given."""
+        logits = self.step(ids, at, caches)
+        if strength is not None:
+            conditional, null = logits.chunk(2)
+            logits = null + strength * (conditional - null)
+        return sample_tokens(logits, uniforms, temperature, top_k, top_p)
+
+    @functools.cached_property
+    def compiled_next_tokens(self):
+        return torch.compile(self.next_tokens, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
     @torch.no_grad()
-    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None, top_p=None, kept=None):
+    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None, top_p=None, kept=None,
+                 compiled=False):
         """Paint classes (B,) int64 -> tokens (B, N) int64. kept: tokens (B, K) to go on from, by default none.
 
         uniforms: (B, N) numbers in [0, 1) that decide every choice, see `image_uniforms`; by default torch's generator
         draws them. cfg_scale 1 does without guidance and at half the work; None takes the scale and power of the config.
+        compiled: by one compiled step, on a GPU one CUDA graph; for batches of a size that comes again. Nothing in the loop
+        waits for the device.
         """
-        config, device, B = self.config, self.table.device, len(classes)
+        config, device, B, N = self.config, self.table.device, len(classes), self.config.num_tokens
         cfg_scale = config.cfg_scale if cfg_scale is None else cfg_scale
         cfg_power = config.cfg_power if cfg_power is None else cfg_power
         if uniforms is None:
-            uniforms = torch.rand(B, config.num_tokens, dtype=torch.float64)
+            uniforms = torch.rand(B, N, dtype=torch.float64)
         uniforms = uniforms.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
         ids = config.codebook_size + 1 + classes.to(device)
+        strengths = [None] * N
         if cfg_scale != 1:
             ids = torch.cat([ids, torch.full_like(ids, config.codebook_size + 1 + config.num_classes)])
-        D = config.width // config.heads
+            strengths = torch.tensor([guidance(t, N, cfg_scale, cfg_power) for t in range(N)], device=device)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.output.weight.dtype
-        caches = torch.zeros(config.depth, 2, len(ids), config.heads, 1 + config.num_tokens, D, device=device, dtype=dtype)
-        tokens = torch.empty(B, config.num_tokens, dtype=torch.long, device=device)
-        for t in range(config.num_tokens):
-            logits = self.step(ids, t, caches)
-            if cfg_scale != 1:
-                logits = guide(*logits.chunk(2), t, config.num_tokens, cfg_scale, cfg_power)
-            tokens[:, t] = (kept[:, t] if kept is not None and t < kept.shape[1] else
-                            sample_tokens(logits, uniforms[:, t], temperature, top_k, top_p))
-            ids = tokens[:, t] if cfg_scale == 1 else tokens[:, t].repeat(2)
+        caches = torch.zeros(config.depth, 2, len(ids), config.heads, 1 + N, config.width // config.heads, device=device, dtype=dtype)
+        tokens = torch.empty(B, N, dtype=torch.long, device=device)
+        places, next_tokens = torch.arange(N, device=device), self.compiled_next_tokens if compiled else self.next_tokens
+        if compiled:
+            torch._dynamo.mark_static_address(caches)             # a CUDA graph then writes to it in place
+        for t in range(N):
+            if compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            found = next_tokens(ids, places[t:t + 1] if compiled else t, caches, uniforms[:, t], strengths[t], temperature, top_k, top_p)
+            tokens[:, t] = kept[:, t] if kept is not None and t < kept.shape[1] else found
+            ids = tokens[:, t].repeat(1 if cfg_scale == 1 else 2)
         return tokens
 
 
 # -----------------------------------------------------------------------------
 # Sampling
 
-def guide(conditional, null, t, num_tokens, scale, power):
-    """Classifier-free guidance of token t: its strength grows from 1 to `scale` along a power-cosine over the image."""
-    strength = 1 + (scale - 1) * (1 - math.cos(math.pi * (t / num_tokens) ** power)) / 2
-    return null + strength * (conditional - null)
+def guidance(t, num_tokens, scale, power):
+    """Strength of classifier-free guidance at token t: it grows from 1 to `scale` along a power-cosine over the image."""
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * (t / num_tokens) ** power)) / 2
 
 
 def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):

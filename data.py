@@ -167,6 +167,11 @@ def draw_shape(seed, split, index, size):
     return ((ground + (paint - ground) * cover).clip(0, 1) * 255 + 0.5).astype(np.uint8), label
 
 
+def shape_digits(labels):
+    """Classes (B,) -> (B, 3): shape, colour, background."""
+    return torch.stack([labels // 100, labels // 10 % 10, labels % 10], 1)
+
+
 class Shapes:
     """The built-in pictures as a data set. Every epoch draws new ones; a picture has one crop, itself."""
     crops = ["whole"]
@@ -305,7 +310,10 @@ def list_folder(folder):
     """-> sorted class names, list of (path, class id) in a fixed order. InputError if there is nothing to train on."""
     if not os.path.isdir(folder):
         raise InputError(f"no such folder: {folder} (--data takes 'shapes' or a folder with one sub-folder a class)")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"can't read {folder} ({error}); repair it, or name another folder") from None
     files = []
     for label, name in enumerate(classes):
         found = [os.path.join(where, file) for where, _, names in os.walk(os.path.join(folder, name)) for file in names
@@ -470,7 +478,7 @@ def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
     rank, ranks = rank_and_count()
     shape = (len(dataset), len(dataset.crops), config.num_tokens)
     if not os.path.exists(note) and rank == 0:
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         create_array(os.path.join(folder, "tokens.npy"), np.uint16, shape, UNWRITTEN)
         replace_file(os.path.join(folder, "labels.npy"), lambda file: np.save(file, dataset.labels.astype(np.int32)))
         write_text(note, json.dumps({**want, "finished": False}, indent=1))
@@ -615,45 +623,54 @@ def mean_over_ranks(values):
     return {name: total / rank_and_count()[1] for name, total in zip(values, over_ranks(list(values.values())))}
 
 
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_rate(device, dtype):
+    """Operations a second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    for k in range(8):
+        if k == 3:                            # after warming up
+            wait_for(device)
+            began = time.perf_counter()
+        matrix @ matrix
+    wait_for(device)
+    return 5 * 2 * size ** 3 / (time.perf_counter() - began)
+
+
+def peak_memory(device):
+    """Bytes, at most so far: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource                           # not there on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def benchmark(name, step, images, device, dtype, steps=4):
     """Time step(k), which trains on `images` images, and print one JSON object.
 
-    milliseconds a step, images_per_s, peak_memory_gb (of the process on a CPU), teraflops_per_s, and mfu: those as a share of
-    what a large matrix product reaches in the same run. Attention on a CPU is not counted among the operations.
+    milliseconds a step, images_per_s, peak_memory_gb, teraflops_per_s, and mfu: those as a share of what a large matrix product
+    reaches in the same run. Attention on a CPU is not counted among the operations.
     """
-    import resource                           # not there on Windows
     if rank_and_count()[1] > 1:
         raise InputError("--benchmark measures one process: run it without torchrun")
-
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(call, times):
-        wait()
-        began = time.perf_counter()
-        for k in range(times):
-            call(k)
-        wait()
-        return (time.perf_counter() - began) / times
-
     with FlopCounterMode(display=False) as counter:
         step(0), step(1)                      # in a GAN phase, a turn of either network
     for k in (2, 3):                          # compiles, and fills the optimizers' states
         step(k)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    took = seconds(step, steps)
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    size = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
-    seconds(lambda k: matrix @ matrix, 2)
-    rate = 2 * size ** 3 / seconds(lambda k: matrix @ matrix, 5)
+    wait_for(device)
+    began = time.perf_counter()
+    for k in range(steps):
+        step(k)
+    wait_for(device)
+    took = (time.perf_counter() - began) / steps
     done = counter.get_total_flops() / 2 / took
     print(json.dumps({"step": name, "dtype": dtype, "batch": images, "ms": round(took * 1000, 1),
-                      "images_per_s": round(images / took, 2), "peak_memory_gb": round(peak / 1e9, 2),
-                      "teraflops_per_s": round(done / 1e12, 3), "mfu": round(done / rate, 3)}))
+                      "images_per_s": round(images / took, 2), "peak_memory_gb": round(peak_memory(device) / 1e9, 2),
+                      "teraflops_per_s": round(done / 1e12, 3), "mfu": round(done / matrix_rate(device, dtype), 3)}))
 
 
 # -----------------------------------------------------------------------------
@@ -682,6 +699,13 @@ def replace_file(path, write, keep=False):
             os.remove(aside)
         raise InputError(f"can't write {path} ({error}); " + ("what it held before is untouched" if os.path.exists(path) else
                                                              "make room, or name another place")) from None
+
+
+def make_folder(folder):
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"can't make the folder {folder} ({error}); name another place") from None
 
 
 def write_text(path, text):
@@ -848,7 +872,7 @@ class Log:
 
     def __init__(self, path, name, step):
         self.path, self.name = path, name
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        make_folder(os.path.dirname(path))
         if rank_and_count()[0] == 0 and os.path.exists(path):
             with open(path) as file:
                 lines = [line for line in file if line.endswith("\n")]

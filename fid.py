@@ -3,6 +3,7 @@
     python fid.py reference.npz samples.npz                   # each an .npz of images or statistics, or a folder of images
     python fid.py imagenet/val --crop 256 --save-stats val.npz
     python fid.py --tokenizer out/tokenizer.pt --data shapes  # rFID, PSNR, SSIM and codebook use; --data also takes a folder
+    python fid.py --shapes samples.npz                        # built-in pictures: do they show shape, colour and background?
     torchrun --nproc_per_node=8 fid.py reference.npz samples.npz
 
 Notable:
@@ -184,10 +185,13 @@ class NpzImages:
 
     def __init__(self, path):
         self.path = path
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            self.shape, by_column, kind = headers[np.lib.format.read_magic(file)](file)
-            self.start = file.tell()
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                self.shape, by_column, kind = headers[np.lib.format.read_magic(file)](file)
+                self.start = file.tell()
+        except Exception as error:            # zipfile, zlib and numpy each have their own kinds
+            raise InputError(f"{path} is not an .npz file of images (arr_0), or it is damaged ({error})") from None
         if kind != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or by_column:
             found = ("objects, as of images of different sizes" if kind == object else
                      f"{kind} {self.shape}" + " in Fortran order" * by_column)
@@ -485,6 +489,54 @@ def tokenizer_metrics(tokenizer, images, net, device, count=None, **options):
 
 
 # -----------------------------------------------------------------------------
+# Are samples of the built-in pictures what was asked for?
+
+def shape_classifier(size, steps=800):
+    """A small network, trained on the true pictures for about a minute: images (B, 3, size, size) in [0, 1] -> logits (B, 30), ten
+    each for shape, colour and background. Half of its training is on blurred pictures, so that softness is no clue."""
+    def stage(inputs, outputs):
+        return [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU(),
+                nn.Conv2d(outputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    torch.manual_seed(0)
+    net = nn.Sequential(*stage(3, 32), *stage(32, 64), *stage(64, 128), *stage(128, 128), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                        nn.Linear(128 * 16, 30))
+    optimizer = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    stream = data.batches(data.Shapes("train", size, 0, 50_000), data.batch_keys(50_000, 0, 64, 1, 0, 0, 1))
+    for step, (images, labels) in zip(tqdm(range(steps), desc="classifier"), stream):
+        images = images.float() / 255 + 0.02 * torch.randn(len(images), 3, 1, 1)
+        if step % 2:
+            images = F.interpolate(F.avg_pool2d(images, 2), (size, size), mode="bilinear")
+        logits = net(images.clamp(0, 1)).view(-1, 3, 10)
+        F.cross_entropy(logits.flatten(0, 1), data.shape_digits(labels).flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def shape_accuracy(classifier, images, labels):
+    """Images (n, 3, H, W) in [0, 1] of classes (n,) -> shares right: {"shape", "colour", "background", "all"}."""
+    found = torch.cat([classifier(part).view(-1, 3, 10).argmax(2) for part in images.split(100)])
+    right = found == data.shape_digits(labels)
+    return {**dict(zip(("shape", "colour", "background"), right.double().mean(0).tolist())),
+            "all": right.all(1).double().mean().item()}
+
+
+def judge_shapes(path):
+    """Print how many samples of an .npz, classes in turn, show their class, and as a ceiling how many true pictures do."""
+    samples = NpzImages(path)
+    images = torch.cat([pixels for pixels, _ in samples.batches([range(len(samples))])]).float() / 255
+    true = data.Shapes("val", images.shape[-1], 0, 1000)
+    classifier = shape_classifier(images.shape[-1])
+    for name, pictures in ((path, images), ("validation pictures", torch.stack([true.read(0, k)[0] for k in range(1000)]) / 255)):
+        found = shape_accuracy(classifier, pictures, torch.arange(len(pictures)) % 1000)
+        print(f"{name}: " + ", ".join(f"{what} {share:.1%}" for what, share in found.items()))
+
+
+# -----------------------------------------------------------------------------
 
 def report(values, net, counts, as_json):
     """Print {name: number or None} for people or, as JSON, for machines; warnings go to stderr."""
@@ -511,6 +563,7 @@ def main():
     parser.add_argument("reference", nargs="?", help=".npz of images or statistics, or folder; alone, it gets an Inception Score")
     parser.add_argument("samples", nargs="?", help="likewise; judged against the reference")
     parser.add_argument("--tokenizer", help="judge this tokenizer's reconstructions of --data")
+    parser.add_argument("--shapes", metavar="NPZ", help="how many samples of the built-in pictures show the class asked for")
     parser.add_argument("--data", help="'shapes', the built-in validation pictures, or a folder of images, to be centre-cropped")
     parser.add_argument("--num-images", type=int, help="so many images of each set, evenly spread (default: all; 1000 of shapes)")
     parser.add_argument("--crop", type=int, help="make a folder's images this size: shorter side resized, centre cropped")
@@ -526,8 +579,10 @@ def main():
                              ("workers", args.workers, 0)):
         if value is not None and value < low:
             raise InputError(f"--{flag} is at least {low}, found {value}")
-    if bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
-        raise InputError("name one or two sets of images, or --tokenizer and --data")
+    if args.shapes and not (args.tokenizer or args.data or args.reference):
+        return judge_shapes(args.shapes)
+    if args.shapes or bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
+        raise InputError("name one or two sets of images, or --tokenizer and --data, or --shapes")
     if args.tokenizer and (args.crop or args.save_stats or args.benchmark):
         raise InputError("--crop, --save-stats and --benchmark go with sets of images, not with --tokenizer")
     paths = [path for path in (args.reference, args.samples, args.data) if path and path != "shapes"]

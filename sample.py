@@ -10,10 +10,12 @@
 Picture k of a command is a function of (seed, k) alone: neither the batch size nor the number of ranks changes it.
 """
 import argparse
+import copy
 import json
 import os
 import shutil
 import sys
+import time
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import fid
-from ar_model import image_uniforms, load_ar
+from ar_model import PRESETS, ARConfig, ARModel, image_uniforms, load_ar, rotate
 from data import InputError
 from tokenizer import load_causal_decoder, load_tokenizer
 
@@ -69,7 +71,8 @@ def paint(model, tokenizer, pictures, args, device, kept=None):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             tokens = model.generate(torch.tensor(classes), image_uniforms(args.seed, numbers, model.config.num_tokens),
                                     args.cfg_scale, args.cfg_power, args.temperature, args.top_k, args.top_p,
-                                    None if kept is None else kept.expand(len(numbers), -1))
+                                    None if kept is None else kept.expand(len(numbers), -1),
+                                    device.type == "cuda" and len(numbers) == args.batch_size and not args.no_compile)
             images = (tokenizer.decode(tokens) * 255).round().byte()
         yield list(numbers), tokens.cpu(), images.cpu()
         progress.update(min(len(numbers) * ranks, len(pictures) - progress.n))
@@ -84,9 +87,7 @@ def paint_grid(model, tokenizer, ids, args, device):
     for numbers, _, painted in paint(model, tokenizer, pictures, args, device):
         images[numbers] = painted
     if dist.is_initialized():                 # every picture was painted by one rank and is zero on the others
-        shared = images.to(device)
-        dist.all_reduce(shared)
-        images = shared.cpu()
+        dist.all_reduce(images)
     path = args.png or os.path.join(args.out, f"class_{'_'.join(map(str, ids[:8]))}.png")
     if data.rank_and_count()[0] == 0:
         data.save_grid(path, images / 255, args.n if len(ids) > 1 else max(1, round(args.n ** 0.5)))
@@ -123,8 +124,9 @@ def paint_gif(model, tokenizer, causal, ids, args, device):
         image, strip = causal.decoder(F.embedding(tokens, causal.quantizer.codebook))
     frames = [so_far(image, strip, causal.config, k) for k in range(causal.config.num_tokens + 1)]
     frames.append(so_far(finished.to(device) / 255, strip, causal.config, causal.config.num_tokens))
-    zoom = max(1, 256 // (causal.config.image_size * min(len(pictures), args.n)))
-    sheets = [data.grid_image(frame.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), args.n) for frame in frames]
+    columns = args.n if args.n > 1 else len(ids)
+    zoom = max(1, 256 // causal.config.image_size // columns)
+    sheets = [data.grid_image(frame.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), columns) for frame in frames]
     data.replace_file(args.paint, lambda file: sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], loop=0,
                                                              duration=[60] * (len(sheets) - 2) + [600, 3000]))
     return args.paint
@@ -196,7 +198,7 @@ def paint_npz(model, tokenizer, args, device, settings):
     part = args.npz + ".part"
     note, paths = os.path.join(part, "settings.json"), [os.path.join(part, name) for name in ("images.npy", "done.npy")]
     if rank == 0 and not os.path.exists(note):
-        os.makedirs(part, exist_ok=True)
+        data.make_folder(part)
         data.create_array(paths[0], np.uint8, (n, size, size, 3), 0)
         data.create_array(paths[1], np.uint8, (n,), 0)
         data.write_text(note, json.dumps(settings))
@@ -223,6 +225,88 @@ def paint_npz(model, tokenizer, args, device, settings):
     return args.npz
 
 
+# -----------------------------------------------------------------------------
+# Benchmark
+
+def grown_by_concatenation(model, ids, t, caches):
+    """`ARModel.step` as it is usually written, for comparison: the cache of a block is a list [keys, values] that grows."""
+    x, table = model.embeddings(ids)[:, None], model.table[:, t:t + 1]
+    for block, cache in zip(model.blocks, caches):
+        a, h = block.attn, block.norm1(x)
+        q, k, v = a.qkv(h).view(len(ids), 1, 3, a.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(a.q_norm(q), table), rotate(a.k_norm(k), table)
+        cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v))]
+        h = F.scaled_dot_product_attention(q, *cache).transpose(1, 2).reshape(x.shape)
+        x = x + a.proj(h)
+        x = x + block.mlp(block.norm2(x))
+    return model.output(model.norm(x))[:, 0]
+
+
+@torch.no_grad()
+def benchmark(model, batches, args, device):
+    """Milliseconds a token, guidance included, of three ways to paint, beside the floor: what reading the weights and the cache at
+    the measured bandwidth, or the operations at the measured matrix rate, takes at least. A table, and the same as JSON.
+
+    Timed at the start, the middle and the end of a picture; the full forward, whose time grows with it, in the middle.
+    """
+    config, N, low = model.config, model.config.num_tokens, getattr(torch, args.dtype)
+    plain = copy.deepcopy(model)
+    if args.dtype == "bfloat16":
+        model.halve()
+
+    def seconds(call, *items):
+        call(items[0])
+        data.wait_for(device)
+        began = time.perf_counter()
+        for item in items:
+            call(item)
+        data.wait_for(device)
+        return (time.perf_counter() - began) / len(items)
+
+    large = torch.ones(4096, 32768, device=device)
+    bandwidth = large.nbytes / seconds(lambda _: large @ large[0], *range(4))
+    rate, rows = data.matrix_rate(device, args.dtype), []
+    for B in batches:
+        ids = torch.zeros(2 * B, dtype=torch.long, device=device)
+        places = [t for part in (0, N // 2 - 2, N - 4) for t in range(part, part + 4)]
+        cache = torch.zeros(config.depth, 2, 2 * B, config.heads, 1 + N, config.width // config.heads, device=device, dtype=low)
+        uniforms, strength = torch.zeros(B, device=device, dtype=torch.float64), torch.tensor(2.0, device=device)
+        on_gpu = device.type == "cuda" and not args.no_compile
+        step, at = (model.compiled_next_tokens if on_gpu else model.next_tokens), torch.arange(N, device=device)
+
+        def default(t):
+            with torch.autocast(device.type, low, enabled=low != torch.float32):
+                step(ids, at[t:t + 1] if on_gpu else t, cache, uniforms, strength, 1.0, None, None)
+
+        def growing(t):
+            grown = [[part[:, :, :t].float() for part in block] for block in cache]
+            data.wait_for(device)
+            began = time.perf_counter()
+            grown_by_concatenation(plain, ids, t, grown)
+            data.wait_for(device)
+            return time.perf_counter() - began
+
+        tokens = torch.zeros(2 * B, N // 2, dtype=torch.long, device=device)
+        naive = seconds(lambda _: plain(tokens, ids), 0)
+        growing(0)
+        cached = sum(map(growing, places)) / len(places)
+        fast = seconds(default, *places)
+        peak = data.peak_memory(device)
+        matrices = sum(p.numel() for block in model.blocks for p in block.parameters())
+        bytes_read = matrices * low.itemsize + model.output.weight.nbytes + cache.nbytes / 2
+        floor = max(bytes_read / bandwidth, 4 * B * (matrices + model.output.weight.numel()) / rate)
+        rows.append({"batch": B, "full_forward_ms": naive * 1e3, "concatenated_cache_ms": cached * 1e3, "default_ms": fast * 1e3,
+                     "speedup_over_concatenated": cached / fast, "images_per_s": B / (fast * N), "floor_ms": floor * 1e3,
+                     "times_floor": fast / floor, "peak_memory_gb": peak / 1e9})
+    print("  ".join(rows[0]))
+    for row in rows:
+        print("  ".join(f"{value:>{len(name)}.{0 if name == 'batch' else 2}f}" for name, value in row.items()))
+    print(json.dumps({"dtype": args.dtype, "bandwidth_gb_per_s": bandwidth / 1e9, "matrix_tflops_per_s": rate / 1e12, "rows": rows}))
+
+
+# -----------------------------------------------------------------------------
+
+SMALL = 30_000_000               # parameters: below, a CPU is not bound by reading them, and bfloat16 gains nothing
 LEAST = {"n": 1, "num_images": 1, "batch_size": 1, "top_k": 1,
          "seed": 0, "cfg_scale": 0, "cfg_power": 0, "temperature": 0, "top_p": 0}
 
@@ -231,6 +315,8 @@ def check(args):
     """InputError for what can't be painted, before anything is loaded."""
     if args.out.endswith(".png"):             # where the grid goes, too
         args.png, args.out = args.out, "out"
+    if args.benchmark:
+        return
     given = [name for name in ("npz", "reconstruct", "image", "classes") if getattr(args, name)]
     if not given or len(given) > 1 and given != ["image", "classes"] or args.paint and given != ["classes"]:
         raise InputError("say what to paint: --class (and --paint, to see it appear), --image (with or without one --class), "
@@ -253,6 +339,8 @@ def main():
     what.add_argument("--paint", metavar="GIF", help="with --class: show the grid appear token by token")
     what.add_argument("--image", help="go on from the first tokens of this picture, with or without a --class")
     what.add_argument("--reconstruct", metavar="FOLDER", help="original, stage-1 and stage-2 reconstructions of its images")
+    what.add_argument("--benchmark", metavar="MODEL", help="time the AR model of a file, or a preset with random weights: "
+                      f"{', '.join(PRESETS)}")
     what.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py and ADM's evaluator")
     parser.add_argument("--keep", type=float, default=0.5, help="with --image: share of its tokens to keep")
     parser.add_argument("--num-images", type=int, default=50_000, help="pictures in the .npz, over all classes")
@@ -263,20 +351,25 @@ def main():
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw from the fewest tokens whose probabilities reach p")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, help="default: 16; --benchmark measures 1, 16 and 64")
     parser.add_argument("--out", default="out", help="folder with tokenizer.pt and ar.pt")
     parser.add_argument("--tokenizer", help="tokenizer checkpoint (default: the one in --out, else in weights/)")
     parser.add_argument("--ar", help="AR checkpoint (default: likewise)")
     parser.add_argument("--png", help="the grid's file name (default: class_<class>.png in --out)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto is bfloat16 on a GPU")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                        help="of the matrix work; auto is bfloat16 where the hardware has it and the model is large; float32 is the reference")
+    parser.add_argument("--no-compile", action="store_true", help="do without torch.compile on a GPU")
     args = parser.parse_args()
     check(args)
     rank, ranks, device = data.start_ranks(args.device)
     if ranks > 1 and (args.paint or args.image or args.reconstruct):
         raise InputError("--paint, --image and --reconstruct are for a single process: run them without torchrun")
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if args.benchmark:
+        model = (ARModel(ARConfig(**PRESETS[args.benchmark])) if args.benchmark in PRESETS else load_ar(args.benchmark)).eval()
+        args.dtype = data.pick_dtype(args.dtype, device)
+        return benchmark(model.to(device), [args.batch_size] if args.batch_size else [1, 16, 64], args, device)
+    args.batch_size = args.batch_size or 16
     paths = find_weights(args)
     tokenizer = load_tokenizer(paths[0], device)
     causal = load_causal_decoder(paths[0], device) if args.paint or args.image or args.reconstruct else None
@@ -284,6 +377,11 @@ def main():
         print(f"reconstructed {args.reconstruct} with {paths[0]}: {reconstruct(tokenizer, causal, args, device)}")
         return
     model = load_ar(paths[1], device, tokenizer.config.grid)
+    if args.dtype == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
+        args.dtype = "float32"
+    args.dtype = data.pick_dtype(args.dtype, device)
+    if args.dtype == "bfloat16":
+        model.halve()
     if (model.config.codebook_size, model.config.grid) != (tokenizer.config.codebook_size, tokenizer.config.grid) or (
             model.tokenizer and model.tokenizer != tokenizer.fingerprint()):
         raise InputError(f"{paths[1]} was trained on the tokens of another tokenizer than {paths[0]}")

@@ -209,11 +209,11 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device)
     train_set, val_set = data.open_data(args.data, args.val_data, tokenizer.config.image_size, args.seed, args.skip_bad_images,
                                         args.num_pictures, args.ten_crop)
+    config = ARConfig(codebook_size=tokenizer.config.codebook_size, grid=tokenizer.config.grid,
+                      num_classes=len(train_set.classes), **{**PRESETS[args.preset], **changes})
     cache = args.cache or f"{args.out}/tokens"
     train_cache = data.open_cache(f"{cache}/train", train_set, tokenizer, device, args.workers)
     val_cache = data.open_cache(f"{cache}/val", val_set, tokenizer, device, args.workers)
-    config = ARConfig(codebook_size=tokenizer.config.codebook_size, grid=tokenizer.config.grid,
-                      num_classes=len(train_set.classes), **{**PRESETS[args.preset], **changes})
     torch.manual_seed(args.seed)
     model = ARModel(config).to(device)
     with data.Interruptions(args.save_every, args.save_minutes) as interruptions:

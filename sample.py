@@ -167,14 +167,16 @@ def reconstruct(tokenizer, causal, args, device):
     originals = torch.cat([read_square(path, size) for path in paths]).to(device)
     tokens = tokenizer.encode(originals)
     columns = [originals, causal.decode(tokens), tokenizer.decode(tokens)]
-    cell = max(size, 64)
-    sheet = Image.new("RGB", (3 * (cell + 4), len(paths) * (size + 18)), "white")
-    pen = ImageDraw.Draw(sheet)
+    cell, line = max(size, 64), 16
+    sheet = Image.new("RGB", (3 * (cell + 4), len(paths) * (size + line + 2) + line), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for column, (name, images) in enumerate(zip(("original", "stage 1", "stage 2"), columns)):
+        left = column * (cell + 4) + 2
+        pen.text((left, 1), name, "black", font)
         for row, (image, value) in enumerate(zip(images, fid.psnr(images, originals).tolist())):
-            left, top = column * (cell + 4) + 2, row * (size + 18) + 2
+            top = row * (size + line + 2) + line
             sheet.paste(data.to_picture(image), (left, top))
-            pen.text((left, top + size + 1), name if not column else f"{value:.1f} dB", "black", ImageFont.load_default(11))
+            pen.text((left, top + size + 1), f"{value:.1f} dB" if column else "", "black", font)
     path = args.png or os.path.join(args.out, "reconstructed.png")
     data.replace_file(path, lambda file: sheet.save(file, "PNG"))
     return path

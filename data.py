@@ -297,7 +297,7 @@ class ImageFolder:
 
     def read_crops(self, index):
         image, size = self.open(index), self.size
-        crops = torch.stack([to_tensor(pixels) for pixels in (five_crops(image, size) if len(self.crops) == 10
+        crops = torch.stack([to_tensor(pixels) for pixels in (five_crops(image, size) if self.crops is TEN_CROPS
                                                               else [centre_crop(image, size)])])
         return torch.cat([crops, crops.flip(-1)])
 
@@ -492,7 +492,7 @@ def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
     if not found.get("finished"):
         build_cache(folder, dataset, tokenizer, device, workers, batch_size)
         if rank == 0:
-            if len(left := unwritten(np.load(os.path.join(folder, "tokens.npy"), mmap_mode="r"))):
+            if len(left := unwritten(np.load(os.path.join(folder, "tokens.npy"), mmap_mode="r", allow_pickle=False))):
                 raise InputError(f"{len(left)} rows of the token cache in {folder} did not arrive on the disk; run this again")
             write_text(note, json.dumps({**want, "finished": True}, indent=1))
     barrier()
@@ -917,8 +917,8 @@ def main():
     parser.add_argument("--split", choices=["train", "val"], default="train")
     parser.add_argument("--out", default="shapes.png")
     args = parser.parse_args()
-    if args.size < 8 or args.seed < 0:
-        raise InputError("--size is at least 8 and --seed at least 0")
+    if not 8 <= args.size <= 1024 or args.seed < 0:
+        raise InputError(f"--size is from 8 to 1024 and --seed at least 0, found {args.size} and {args.seed}")
     cell, font = max(args.size, 84), ImageFont.load_default(11)
     sheet = Image.new("RGB", (10 * (cell + 6), 10 * (args.size + 50)), "white")
     pen = ImageDraw.Draw(sheet)

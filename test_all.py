@@ -1354,7 +1354,8 @@ def bad(tmp_path_factory, trained):
     ("sample", "--class 1 --n 0 --out {trained}", "--n is at least 1"),
     ("sample", "--npz {tmp}/x.npz --num-images 1500 --out {trained}", "not a multiple of the 1000 classes; choose 1000"),
     ("sample", "--class 1 --top-p 1.5 --out {trained}", "--top-p is at most 1, found 1.5"),
-    ("data", "--size 0", "--size is at least 8"),
+    ("data", "--size 0", "--size is from 8 to 1024"),
+    ("data", "--size 100000", "--size is from 8 to 1024"),
 ])
 def test_bad_input(script, words, says, bad, tmp_path):
     def files():

@@ -268,7 +268,7 @@ class ImageFolder:
         self.name, self.classes, self.size, self.seed = name, classes, size, seed
         self.paths = [path for path, _ in files]
         self.labels = np.array([label for _, label in files])
-        self.training, self.skip_bad = training, skip_bad
+        self.training, self.skip_bad, self.told = training, skip_bad, set()
         listing = "\n".join(f"{os.path.relpath(path, name)} {label}" for path, label in files)
         self.files = hashlib.sha256(listing.encode()).hexdigest()[:16]
 
@@ -282,7 +282,9 @@ class ImageFolder:
         except InputError as error:
             if not self.skip_bad:
                 raise InputError(f"{error}, or train with --skip-bad-images") from None
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            if index not in self.told:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+            self.told.add(index)
         same = np.flatnonzero(self.labels == self.labels[index])
         for other in np.roll(same, -np.searchsorted(same, index))[1:]:
             with contextlib.suppress(InputError):
@@ -765,7 +767,7 @@ def load_state(path, kind):
         if trouble and not chosen[0]:
             raise trouble
         if not there:
-            tqdm.write(f"nothing to resume at {path}: starting anew", file=sys.stderr)
+            tqdm.write(f"no training state at {path} yet: starting at the first step", file=sys.stderr)
         elif chosen[0] != path:
             tqdm.write(f"warning: {trouble or f'{path} is missing'}; going on from the save before it, {chosen[0]}", file=sys.stderr)
     if dist.is_initialized():

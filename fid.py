@@ -185,6 +185,8 @@ class NpzImages:
 
     def __init__(self, path):
         self.path = path
+        if not os.path.isfile(path):
+            raise InputError(f"no such file: {path}")
         try:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
                 headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -348,6 +350,8 @@ def load_statistics(path, net, device, crop=None, **options):
     """
     if os.path.isdir(path):
         return extract(Folder(path, crop), net, device, name=path, **options)
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is not an .npz file, or it is damaged")
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in [*STATISTICS, "count", "inception"] if name in file.files}

@@ -35,14 +35,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def find_weights(args):
     """Paths of tokenizer and AR model: as given, else the trained pair in --out, else the demo pair that comes along."""
-    demo = os.path.join(HERE, "weights")
-    for folder in (args.out, demo):
-        pair = [os.path.join(folder, name) for name in ("tokenizer.pt", "ar.pt")]
-        if all(map(os.path.exists, pair[:1] if args.reconstruct else pair)):
-            break
-    if folder == demo and not (args.tokenizer and (args.ar or args.reconstruct)) and data.rank_and_count()[0] == 0:
-        print(f"no tokenizer.pt and ar.pt together in {args.out}: taking the demo model in weights/", file=sys.stderr)
-    return args.tokenizer or pair[0], args.ar or pair[1]
+    wanted = {"tokenizer.pt": args.tokenizer, **({} if args.reconstruct else {"ar.pt": args.ar})}
+    missing = [name for name, given in wanted.items() if not given and not os.path.exists(os.path.join(args.out, name))]
+    if missing and (args.out != "out" or len(missing) < len(wanted)):
+        raise InputError(f"no {' and no '.join(missing)} in {args.out}: train_tokenizer.py and train_ar.py write them; or name files "
+                         "with --tokenizer and --ar")
+    if missing and data.rank_and_count()[0] == 0:
+        print(f"no {' and no '.join(missing)} in {args.out}: taking the demo model in weights/", file=sys.stderr)
+    folder = os.path.join(HERE, "weights") if missing else args.out
+    return args.tokenizer or os.path.join(folder, "tokenizer.pt"), args.ar or os.path.join(folder, "ar.pt")
 
 
 def class_id(word, model):
@@ -162,7 +163,8 @@ def reconstruct(tokenizer, causal, args, device):
     """--reconstruct: original, stage-1 and stage-2 reconstruction of a folder's first -n images, with PSNR in dB below."""
     paths = fid.Folder(args.reconstruct).paths[:args.n]
     if not paths:
-        raise InputError(f"no images in {args.reconstruct}")
+        raise InputError(f"no images in {args.reconstruct}" if os.path.isdir(args.reconstruct) else
+                         f"no such folder: {args.reconstruct}")
     size = tokenizer.config.image_size
     originals = torch.cat([read_square(path, size) for path in paths]).to(device)
     tokens = tokenizer.encode(originals)
@@ -322,7 +324,10 @@ def check(args):
     given = [name for name in ("npz", "reconstruct", "image", "classes") if getattr(args, name)]
     if not given or len(given) > 1 and given != ["image", "classes"] or args.paint and given != ["classes"]:
         raise InputError("say what to paint: --class (and --paint, to see it appear), --image (with or without one --class), "
-                         "--reconstruct or --npz")
+                         f"--reconstruct or --npz; found {' and '.join(given).replace('classes', 'class') or 'none of them'}")
+    for flag, path, suffix in (("png", args.png, ".png"), ("paint", args.paint, ".gif"), ("npz", args.npz, ".npz")):
+        if path and not path.lower().endswith(suffix):
+            raise InputError(f"--{flag} names a {suffix} file, found {path}")
     if args.image and len(args.classes) > 1 or not 0 <= args.keep <= 1:
         raise InputError(f"--image takes one --class at most and --keep from 0 to 1, found {len(args.classes)} and {args.keep}")
     for name, least in LEAST.items():

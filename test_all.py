@@ -61,8 +61,12 @@ def command(module, *words):
 
 
 def torchrun(ranks, script, *words):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
-                           os.path.join(HERE, script), *map(str, words)], check=True, capture_output=True, text=True, timeout=300)
+    """Run a script on so many ranks. CalledProcessError, with what it said on the screen, when it fails."""
+    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
+                            os.path.join(HERE, script), *map(str, words)], capture_output=True, text=True, timeout=300)
+    print(found.stderr)
+    found.check_returncode()
+    return found
 
 
 def log_of(out, run, key):
@@ -1272,6 +1276,7 @@ def bad(tmp_path_factory, trained):
     np.save(tmp / "labels" / "train" / "labels.npy", np.full(400, 5000, np.int32))
     np.save(tmp / "codes" / "train" / "tokens.npy", np.full((400, 1, 21), 300, np.uint16))
     (tmp / "note" / "train" / "cache.json").write_text("{")
+    (tmp / "there.npz").write_text("hello")
     (tmp / "part.npz.part").mkdir()
     (tmp / "part.npz.part" / "settings.json").write_text("[]")
     return {"tmp": tmp, "trained": trained, "tok": f"{trained}/tokenizer.pt"}
@@ -1330,7 +1335,11 @@ def bad(tmp_path_factory, trained):
     ("train_ar", "--tokenizer {tok} --steps 0", "--steps is above zero"),
     ("sample", "--class 1 --tokenizer {tmp}/tokenizer2.pt --ar {trained}/ar.pt", "the tokens of another tokenizer"),
     ("sample", "--out {trained}", "say what to paint: --class"),
-    ("sample", "--out {trained} --class 1 --npz {tmp}/x.npz", "say what to paint: --class"),
+    ("sample", "--out {trained} --class 1 --npz {tmp}/x.npz", "found npz and class"),
+    ("sample", "--out {trained} --class 1 --png {tmp}/x.pdf", "--png names a .png file, found {tmp}/x.pdf"),
+    ("sample", "--out {tmp}/half --class 1", "no tokenizer.pt and no ar.pt in {tmp}/half: train_tokenizer.py"),
+    ("sample", "--out {trained} --reconstruct {tmp}/nowhere", "no such folder: {tmp}/nowhere"),
+    ("train_tokenizer", "--lr 1e6 --steps 3 1 --batch-size 4 --image-size 32", "validation PSNR is not finite any more"),
     ("sample", "--out {trained} --image {tmp}/nowhere.png", "no such image: {tmp}/nowhere.png"),
     ("sample", "--out {trained} --image {tmp}/zero/cat/7.jpg", "7.jpg is not a readable image"),
     ("sample", "--out {trained} --image {tmp}/flat/1.jpg --keep 1.5", "--keep from 0 to 1, found 0 and 1.5"),
@@ -1339,7 +1348,7 @@ def bad(tmp_path_factory, trained):
     ("sample", "--class 1 --temperature -1 --out {trained}", "--temperature is at least 0, found -1.0"),
     ("sample", "--class 1 --top-k 0 --out {trained}", "--top-k is at least 1, found 0"),
     ("sample", "--npz {tmp}/part.npz --num-images 1000 --out {trained}", "settings"),
-    ("sample", "--npz {tmp}/text.pt --num-images 1000 --out {trained}", "text.pt is there already"),
+    ("sample", "--npz {tmp}/there.npz --num-images 1000 --out {trained}", "there.npz is there already"),
     ("train_ar", "", "no such checkpoint: {out}/tokenizer.pt"),
     ("train_ar", "--tokenizer {tmp}/text.pt", "text.pt is not a checkpoint that can be loaded safely"),
     ("train_ar", "--tokenizer {trained}/ar.pt", "ar.pt is not a checkpoint of kind 'tokenizer', it holds kind 'ar'"),

@@ -8,6 +8,7 @@ it), ar.pt (the finished model), log.jsonl and pictures/.
 """
 import argparse
 import itertools
+import math
 import time
 from dataclasses import asdict
 
@@ -53,6 +54,8 @@ def evaluate(model, cache, args, device, rank, ranks):
         sums["val_loss"] += F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum").item()
         sums["val_accuracy"] += (logits.argmax(-1) == tokens).sum().item()
     model.train()
+    if not math.isfinite(sum(data.over_ranks([sums["val_loss"]]))):
+        raise InputError("the validation loss is not finite any more: training has diverged; start anew with a lower --lr")
     return {name: total * ranks / (len(keys) * model.config.num_tokens) for name, total in data.mean_over_ranks(sums).items()}
 
 

@@ -406,20 +406,26 @@ def hinge_loss(logits):
 
 @torch.no_grad()
 def evaluate(model, val, args, device, rank, ranks, picture):
-    """Mean PSNR in dB over --eval-images validation images; draws eight originals over their reconstructions."""
+    """Mean PSNR in dB over --eval-images validation images, and how many codes occur in them; draws eight originals over
+    their reconstructions. InputError when training has diverged."""
     model.eval()
     keys = [(0, index) for index in data.spread(len(val), args.eval_images)]
-    total = 0.0
+    total, used = 0.0, torch.zeros(model.config.codebook_size)
     for images, _ in data.batches(val, [keys[at:at + 32] for at in range(rank * 32, len(keys), ranks * 32)]):
         images = data.to_float(images, device)
-        total += psnr(model.decode(model.encode(images)), images).sum().item()
+        tokens = model.encode(images)
+        used[tokens.unique().cpu()] = 1
+        total += psnr(model.decode(tokens), images).sum().item()
+    mean = sum(data.over_ranks([total])) / len(keys)
+    if not math.isfinite(mean):
+        raise InputError("validation PSNR is not finite any more: training has diverged; start anew with a lower --lr")
     if rank == 0:
         # index + k, since pictures at even distances have digits of their class in common
         shown = [min(index + k, len(val) - 1) for k, index in enumerate(data.spread(len(val), 8))]
         images = data.to_float(torch.stack([val.read(0, index)[0] for index in shown]), device)
         data.save_grid(picture, torch.cat([images, model.decode(model.encode(images))]), len(images))
     model.train()
-    return ranks * data.mean_over_ranks({"psnr": total})["psnr"] / len(keys)
+    return mean, int(sum(count > 0 for count in data.over_ranks(used.tolist())))
 
 
 # -----------------------------------------------------------------------------
@@ -545,13 +551,14 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
             log.write(done, phase=phase.name, **values, lr=lr, skipped=skipped)
             began, seen = time.perf_counter(), 0
         if done % args.eval_every == 0 or done == steps:
-            value = evaluate(model, val, args, device, rank, ranks, f"{args.out}/pictures/tokenizer_stage{number}_{done:06d}.png")
-            log.write(done, val_psnr=value)
+            value, codes = evaluate(model, val, args, device, rank, ranks,
+                                    f"{args.out}/pictures/tokenizer_stage{number}_{done:06d}.png")
+            log.write(done, val_psnr=value, val_codes=codes)
             if inception:
                 found = fid.tokenizer_metrics(model, val, inception, device, args.eval_images)
                 log.write(done, inception=inception.origin, **{f"val_{name}": metric for name, metric in found.items()})
             if rank == 0:
-                progress.write(f"{run}, step {done}: validation PSNR {value:.2f} dB")
+                progress.write(f"{run}, step {done}: validation PSNR {value:.2f} dB, {codes} of {config.codebook_size} codes")
             began, seen = time.perf_counter(), 0
         save, asked = interruptions.due(done)
         if save or done == steps:
@@ -645,7 +652,9 @@ def main():
             train_stage(2, model, train, val, args, vision, interruptions, device, rank, ranks)
             finish(model, causal_decoder)
     if rank == 0:
-        print(f"wrote {args.out}/tokenizer.pt; next: python train_ar.py" + (f" --out {args.out}" if args.out != "out" else ""))
+        flags = {"data": (args.data, "shapes"), "val-data": (args.val_data, None), "out": (args.out, "out")}
+        print(f"wrote {args.out}/tokenizer.pt; next: python train_ar.py" +
+              "".join(f" --{name} {value}" for name, (value, default) in flags.items() if value != default))
 
 
 if __name__ == "__main__":

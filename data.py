@@ -405,16 +405,17 @@ class Reader(torch.utils.data.Dataset):
             return error
 
 
-def leave_signals_to_the_trainer(worker):
-    """A reading process goes on when the whole group is told to stop: the step under way needs its batch."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(worker):
+    """A reading process ignores Ctrl-C and goes on for ten seconds after SIGTERM: when the whole group is told to stop, the trainer
+    finishes its step and saves, which it could not were a reader to die under it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def batches(dataset, keys, workers=0, read=None):
     """Iterate over batches of `read(*key)`, by default (images (B, 3, H, W) uint8, classes (B,)), for each batch in `keys`."""
     loader = DataLoader(Reader(read or dataset.read), sampler=keys, batch_size=None, num_workers=workers,
-                        worker_init_fn=leave_signals_to_the_trainer, pin_memory=torch.cuda.is_available(),
+                        worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available(),
                         prefetch_factor=4 if workers else None)
     for batch in loader:
         if isinstance(batch, InputError):

@@ -73,6 +73,8 @@ def run(main):
     if dist.is_initialized():
         if code:
             os._exit(code)                    # the other ranks may wait for this one; torchrun ends them
+        barrier()
+        time.sleep(0.5)                       # a rank that leaves at once can cut off what another has yet to read of this
         dist.destroy_process_group()
     if code:
         sys.exit(code)

@@ -71,11 +71,11 @@ def run(main):
     if said and (rank == 0 or code < 128):
         print((f"rank {rank}: " if ranks > 1 else "") + said, file=sys.stderr, flush=True)
     if dist.is_initialized():
-        if code:
-            os._exit(code)                    # the other ranks may wait for this one; torchrun ends them
-        barrier()
-        time.sleep(0.5)                       # a rank that leaves at once can cut off what another has yet to read of this
-        dist.destroy_process_group()
+        if not code:
+            barrier()
+            time.sleep(0.5)                   # a rank that leaves at once can cut off what another has yet to read of this
+        sys.stdout.flush()
+        os._exit(code)                        # others may wait for a rank that failed; and gloo's threads may abort a usual end
     if code:
         sys.exit(code)
 

@@ -483,7 +483,7 @@ def tokenizer_metrics(tokenizer, images, net, device, count=None, **options):
                 sums[name] += measure(data.to_float(after, device), before).sum().item()
     if dist.is_initialized():
         dist.all_reduce(used)
-    means = {name: total * data.rank_and_count()[1] / count for name, total in data.mean_over_ranks(sums).items()}
+    means = {name: total / count for name, total in zip(sums, data.over_ranks(list(sums.values())))}
     real, painted, share = real.finish(), painted.finish(), used.cpu().double() / used.sum().item()
     if not real:
         return {}

@@ -54,9 +54,10 @@ def evaluate(model, cache, args, device, rank, ranks):
         sums["val_loss"] += F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum").item()
         sums["val_accuracy"] += (logits.argmax(-1) == tokens).sum().item()
     model.train()
-    if not math.isfinite(sum(data.over_ranks([sums["val_loss"]]))):
+    totals = data.over_ranks(list(sums.values()))
+    if not math.isfinite(totals[0]):
         raise InputError("the validation loss is not finite any more: training has diverged; start anew with a lower --lr")
-    return {name: total * ranks / (len(keys) * model.config.num_tokens) for name, total in data.mean_over_ranks(sums).items()}
+    return {name: total / (len(keys) * model.config.num_tokens) for name, total in zip(sums, totals)}
 
 
 def judge_samples(model, tokenizer, reference, inception, args, device, rank, ranks):

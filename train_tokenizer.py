@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import math
 import os
-import time
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -48,7 +47,7 @@ RECIPES = {
     # keeps so small a model from finding out where in the picture a token belongs.
     "tiny": dict(batch_size=16, warmup=100, betas=(0.9, 0.95), blend=(0.2, 0.35), discriminator=32, stages=(
         [Phase("pixels", 6000, 1e-3, 1e-5, quantizer=0.1)],
-        [Phase("pixels", 4000, 1e-3, 1e-5)])),
+        [Phase("pixels", 4000, 2e-3, 2e-5)])),
     # As published, for 8 GPUs of 48 images each; betas are ours, and so is clipping.
     "paper": dict(batch_size=384, warmup=10_000, betas=(0.9, 0.95), blend=(0.0, 0.0), discriminator=128, stages=(
         [Phase("lpips", 50_000, 1e-4, 1e-4, quantizer=1.0, perceptual=0.1, lpips=1.0),
@@ -61,7 +60,7 @@ RECIPES = {
 DISCRIMINATOR_WEIGHT = 0.1
 BAD_STEPS = 10                   # ours: so many steps in a row with a loss that is not finite end the run
 
-CHANGES = ("encoder", "image_size", "patch_size", "codebook_size")      # flags that replace a preset's value
+CHANGES = ("encoder", "decoder", "prefix", "image_size", "patch_size", "codebook_size")      # flags that replace a preset's value
 
 
 def scale_phases(phases, steps):
@@ -406,18 +405,20 @@ def hinge_loss(logits):
 
 @torch.no_grad()
 def evaluate(model, val, args, device, rank, ranks, picture):
-    """Mean PSNR in dB over --eval-images validation images, and how many codes occur in them; draws eight originals over
-    their reconstructions. InputError when training has diverged."""
+    """-> {"val_psnr": mean PSNR in dB over --eval-images validation images, "val_psnr_first_row": of their first row of patches,
+    "val_codes": how many codes occur in them}. Draws eight over their reconstructions. InputError when training has diverged."""
     model.eval()
     keys = [(0, index) for index in data.spread(len(val), args.eval_images)]
-    total, used = 0.0, torch.zeros(model.config.codebook_size)
+    totals, used, row = [0.0, 0.0], torch.zeros(model.config.codebook_size), model.config.patch_size
     for images, _ in data.batches(val, [keys[at:at + 32] for at in range(rank * 32, len(keys), ranks * 32)]):
         images = data.to_float(images, device)
         tokens = model.encode(images)
         used[tokens.unique().cpu()] = 1
-        total += psnr(model.decode(tokens), images).sum().item()
-    mean = sum(data.over_ranks([total])) / len(keys)
-    if not math.isfinite(mean):
+        painted = model.decode(tokens)
+        for k, rows in enumerate((slice(None), slice(row))):
+            totals[k] += psnr(painted[:, :, rows], images[:, :, rows]).sum().item()
+    whole, first_row = (total / len(keys) for total in data.over_ranks(totals))
+    if not math.isfinite(whole):
         raise InputError("validation PSNR is not finite any more: training has diverged; start anew with a lower --lr")
     if rank == 0:
         # index + k, since pictures at even distances have digits of their class in common
@@ -425,7 +426,8 @@ def evaluate(model, val, args, device, rank, ranks, picture):
         images = data.to_float(torch.stack([val.read(0, index)[0] for index in shown]), device)
         data.save_grid(picture, torch.cat([images, model.decode(model.encode(images))]), len(images))
     model.train()
-    return mean, int(sum(count > 0 for count in data.over_ranks(used.tolist())))
+    return {"val_psnr": whole, "val_psnr_first_row": first_row,
+            "val_codes": int(sum(count > 0 for count in data.over_ranks(used.tolist())))}
 
 
 # -----------------------------------------------------------------------------
@@ -451,6 +453,13 @@ class Stage:
             model.encoder.compile()
             model.decoder.compile()
         self.wrapped = {name: wrap(net, ranks, device) for name, net in nets.items()}
+
+    def operations(self):
+        """Of a training step, for one image: those of the tokenizer's blocks, attention and the networks that judge left out."""
+        model, N = self.model, self.model.config.num_tokens
+        encoder, decoder = (sum(p.numel() for p in net.blocks.parameters()) for net in (model.encoder, model.decoder))
+        return ((6 if self.number == 1 else 2) * encoder * (N + len(model.encoder.patch_positions)) +
+                6 * decoder * (N + len(model.decoder.buffer_tokens)))
 
     def step(self, step, batches):
         """One optimizer step on the micro-batches, (B, 3, H, W) uint8. In a GAN phase the discriminator and the tokenizer
@@ -527,14 +536,14 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     keys = data.batch_keys(len(train), args.seed + number, args.batch_size, args.accum, start, rank, ranks)
     stream = data.batches(train, keys, args.workers)
-    saved = start
+    saved, speed = start, data.Speed(stage.operations(), device, args.dtype)
 
     model.train()
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=run, disable=rank > 0)
-    began, seen = time.perf_counter(), 0
+    speed.restart()
     for step in progress:
         phase, lr = stage.step(step, (images for images, _ in itertools.islice(stream, args.accum)))
-        seen += args.batch_size
+        speed.seen += args.batch_size
 
         done = step + 1
         if done % 20 == 0 or done == steps:
@@ -546,20 +555,19 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
                 values["psnr"] = -10 * math.log10(max(losses["mse"], 1e-10))
             shown = {name: f"{values[key]:.4g}" for name, key in (("loss", "loss"), ("psnr", "psnr")) if key in values}
             progress.set_postfix(**shown, use=f"{values['codebook_use']:.0%}", **({"skipped": skipped} if skipped else {}),
-                                 img_s=f"{seen / (time.perf_counter() - began):.0f}")
+                                 **speed.show())
             progress.set_description(f"{run}, {phase.name}")
             log.write(done, phase=phase.name, **values, lr=lr, skipped=skipped)
-            began, seen = time.perf_counter(), 0
         if done % args.eval_every == 0 or done == steps:
-            value, codes = evaluate(model, val, args, device, rank, ranks,
-                                    f"{args.out}/pictures/tokenizer_stage{number}_{done:06d}.png")
-            log.write(done, val_psnr=value, val_codes=codes)
+            found = evaluate(model, val, args, device, rank, ranks, f"{args.out}/pictures/tokenizer_stage{number}_{done:06d}.png")
+            log.write(done, **found)
+            if rank == 0:
+                progress.write(f"{run}, step {done}: validation PSNR {found['val_psnr']:.2f} dB, {found['val_codes']} of "
+                               f"{config.codebook_size} codes")
             if inception:
                 found = fid.tokenizer_metrics(model, val, inception, device, args.eval_images)
                 log.write(done, inception=inception.origin, **{f"val_{name}": metric for name, metric in found.items()})
-            if rank == 0:
-                progress.write(f"{run}, step {done}: validation PSNR {value:.2f} dB, {codes} of {config.codebook_size} codes")
-            began, seen = time.perf_counter(), 0
+            speed.restart()
         save, asked = interruptions.due(done)
         if save or done == steps:
             state, saved = stage.state(), done
@@ -591,10 +599,11 @@ def main():
     parser.add_argument("--vision-weights", metavar="FOLDER", help="with the weights of the networks behind the perceptual losses "
                         "(default: downloaded once), or 'random' for trials")
     parser.add_argument("--no-perceptual", action="store_true", help="do without ConvNeXt and LPIPS losses")
-    for name in CHANGES:
-        kind = str if name == "encoder" else int
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"in place of the preset's {name.replace('_', ' ')}"
-                            + (": bidirectional or causal" if kind is str else ""))
+    for name in ("encoder", "decoder"):
+        parser.add_argument("--" + name, choices=["bidirectional", "causal"], help=f"in place of the preset's {name}, in stage 1")
+    for name in ("image_size", "patch_size", "codebook_size"):
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help=f"in place of the preset's {name.replace('_', ' ')}")
+    parser.add_argument("--no-prefix", dest="prefix", action="store_false", default=None, help="do without prefix tokens")
     add_run_arguments(parser)
     args = parser.parse_args()
 
@@ -647,7 +656,7 @@ def main():
                 raise InputError(f"{path} holds step {before['step']} of {before['args']['steps'][0]} of stage 1: finish that first, "
                                  "with --resume and without --stage")
             torch.manual_seed(args.seed + 1)
-            causal_decoder = model.decoder
+            causal_decoder = model.decoder if model.decoder.causal else None
             model.swap_decoder()
             train_stage(2, model, train, val, args, vision, interruptions, device, rank, ranks)
             finish(model, causal_decoder)

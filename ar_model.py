@@ -26,7 +26,8 @@ from data import InputError, fill, generator, load_checkpoint
 class ARConfig:
     """Shape of the model, and the classifier-free guidance that suits it. The defaults are the paper's B."""
     codebook_size: int = 4096
-    grid: int = 16               # patches a side; the sequence has grid**2 + grid + 1 tokens
+    grid: int = 16               # patches a side
+    prefix: bool = True          # whether the tokenizer writes grid + 1 prefix tokens before the grid**2 of the image
     num_classes: int = 1000
     width: int = 768
     depth: int = 24
@@ -43,7 +44,11 @@ class ARConfig:
 
     @property
     def num_tokens(self):
-        return self.grid ** 2 + self.grid + 1
+        return self.grid ** 2 + self.prefix_tokens
+
+    @property
+    def prefix_tokens(self):
+        return self.grid + 1 if self.prefix else 0
 
 
 PRESETS = {
@@ -57,16 +62,15 @@ PRESETS = {
 # -----------------------------------------------------------------------------
 # Rotary positions
 
-def rotary_table(grid, head_dim):
+def rotary_table(grid, prefix, head_dim):
     """cos and sin of every position's angles, (2, 1 + N, D/2), for [class, prefix, image].
 
     Class: zeros, so its query and key vanish (released weights rely on it). Prefix token k: position k over the whole head.
-    Image token (r, c): the first half of the head turns by P + r, the second by P + c, P = grid + 1.
+    Image token (r, c): the first half of the head turns by P + r, the second by P + c, P = `prefix` tokens.
     """
     def angles(positions, dim):
         return positions[:, None] / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
-    prefix = grid + 1
     rows, columns = prefix + torch.arange(grid ** 2) // grid, prefix + torch.arange(grid ** 2) % grid
     image = torch.cat([angles(rows, head_dim // 2), angles(columns, head_dim // 2)], 1)
     theta = torch.cat([angles(torch.arange(prefix), head_dim), image])
@@ -161,7 +165,7 @@ class ARModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.output = nn.Linear(config.width, config.codebook_size)
-        self.register_buffer("table", rotary_table(config.grid, config.width // config.heads), persistent=False)
+        self.register_buffer("table", rotary_table(config.grid, config.prefix_tokens, config.width // config.heads), persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)

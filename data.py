@@ -633,10 +633,10 @@ def wait_for(device):
         torch.cuda.synchronize()
 
 
-def matrix_rate(device, dtype):
+def matrix_rate(device, dtype, size=None):
     """Operations a second of a large matrix product."""
-    size = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    size = size or (8192 if device.type == "cuda" else 2048)
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, getattr(torch, dtype))
     for k in range(8):
         if k == 3:                            # after warming up
             wait_for(device)
@@ -644,6 +644,26 @@ def matrix_rate(device, dtype):
         matrix @ matrix
     wait_for(device)
     return 5 * 2 * size ** 3 / (time.perf_counter() - began)
+
+
+class Speed:
+    """Images a second since the last `restart`, and MFU: the share of the ranks' matrix rate that they make.
+
+    operations: of a training step, for one image; what is left out of them, is left out of MFU.
+    """
+
+    def __init__(self, operations, device, dtype):
+        self.limit = matrix_rate(device, dtype, None if device.type == "cuda" else 1024) * rank_and_count()[1] / operations
+        self.restart()
+
+    def restart(self):
+        self.began, self.seen = time.perf_counter(), 0
+
+    def show(self):
+        """-> what a progress bar shows: {"img_s", "mfu"}."""
+        rate = self.seen / (time.perf_counter() - self.began)
+        self.restart()
+        return {"img_s": f"{rate:.0f}", "mfu": f"{rate / self.limit:.0%}"}
 
 
 def peak_memory(device):
@@ -662,7 +682,7 @@ def benchmark(name, step, images, device, dtype, steps=4):
     """
     if rank_and_count()[1] > 1:
         raise InputError("--benchmark measures one process: run it without torchrun")
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step(0), step(1)                      # in a GAN phase, a turn of either network
     for k in (2, 3):                          # compiles, and fills the optimizers' states
         step(k)

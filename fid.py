@@ -4,6 +4,7 @@
     python fid.py imagenet/val --crop 256 --save-stats val.npz
     python fid.py --tokenizer out/tokenizer.pt --data shapes  # rFID, PSNR, SSIM and codebook use; --data also takes a folder
     python fid.py --shapes samples.npz                        # built-in pictures: do they show shape, colour and background?
+    python fid.py --shapes runs/a-0 runs/a-1 runs/b-0         # and whole runs beside each other, seeds averaged
     torchrun --nproc_per_node=8 fid.py reference.npz samples.npz
 
 Notable:
@@ -19,6 +20,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import zipfile
@@ -529,15 +531,52 @@ def shape_accuracy(classifier, images, labels):
             "all": right.all(1).double().mean().item()}
 
 
-def judge_shapes(path):
-    """Print how many samples of an .npz, classes in turn, show their class, and as a ceiling how many true pictures do."""
-    samples = NpzImages(path)
-    images = torch.cat([pixels for pixels, _ in samples.batches([range(len(samples))])]).float() / 255
-    true = data.Shapes("val", images.shape[-1], 0, 1000)
-    classifier = shape_classifier(images.shape[-1])
-    for name, pictures in ((path, images), ("validation pictures", torch.stack([true.read(0, k)[0] for k in range(1000)]) / 255)):
-        found = shape_accuracy(classifier, pictures, torch.arange(len(pictures)) % 1000)
-        print(f"{name}: " + ", ".join(f"{what} {share:.1%}" for what, share in found.items()))
+def last_evaluations(folder):
+    """What a run's log.jsonl says last of each stage: {"stage 1 val_psnr": number, "ar val_loss": number, ...}."""
+    values = {}
+    with open(os.path.join(folder, "log.jsonl")) as file:
+        for line in map(json.loads, file):
+            values |= {f"{line['run'].removeprefix('tokenizer ')} {name}": value for name, value in line.items()
+                       if name.startswith(("val_", "train_"))}
+    return values
+
+
+def judge_shapes(paths):
+    """Print a table: how many samples, classes in turn, show their class, and their Frechet distance to true pictures in the
+    classifier's features; the same of validation pictures, as a ceiling. paths: .npz files, or folders of runs with samples.npz
+    and log.jsonl, whose last evaluations are shown, too. Of names that differ in a final -number, mean and standard deviation."""
+    def true(split, count):
+        pictures = data.Shapes(split, size, 0, count)
+        return torch.stack([pictures.read(0, k)[0] for k in range(count)])
+
+    def judge(images):
+        images = images.float() / 255
+        with torch.no_grad():
+            features = torch.cat([classifier[:-3](part).mean((2, 3)) for part in images.split(100)])
+        return {f"samples {name}": share for name, share in
+                shape_accuracy(classifier, images, torch.arange(len(images)) % 1000).items()}, gaussian(features)
+
+    files = [NpzImages(os.path.join(path, "samples.npz") if os.path.isdir(path) else path) for path in paths]
+    size = files[0].shape[1]
+    if any(file.shape[1:3] != (size, size) for file in files):
+        raise InputError(f"--shapes takes square pictures of one size, found {', '.join(str(file.shape[1:3]) for file in files)}")
+    classifier = shape_classifier(size)
+    _, reference = judge(true("train", 5000))
+    columns = {}
+    for path, images in (*((path, next(file.batches([range(len(file))]))[0]) for path, file in zip(paths, files)),
+                         ("true pictures", true("val", 1000))):
+        shares, found = judge(images)
+        values = {**(last_evaluations(path) if os.path.isdir(path) else {}), **shares,
+                  "samples distance": frechet_distance(*reference, *found)}
+        name = re.sub(r"-\d+$", "", os.path.basename(os.path.normpath(path)))
+        for what, value in values.items():
+            columns.setdefault(name, {}).setdefault(what, []).append(value)
+    rows = dict.fromkeys(what for values in columns.values() for what in values)
+    print("| | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
+    for what in rows:
+        cells = [values.get(what, []) for values in columns.values()]
+        print(f"| {what} | " + " | ".join((f"{np.mean(cell):.4g}" + (f" ± {np.std(cell, ddof=1):.2g}" if len(cell) > 1 else ""))
+                                          if cell else "" for cell in cells) + " |")
 
 
 # -----------------------------------------------------------------------------
@@ -567,7 +606,8 @@ def main():
     parser.add_argument("reference", nargs="?", help=".npz of images or statistics, or folder; alone, it gets an Inception Score")
     parser.add_argument("samples", nargs="?", help="likewise; judged against the reference")
     parser.add_argument("--tokenizer", help="judge this tokenizer's reconstructions of --data")
-    parser.add_argument("--shapes", metavar="NPZ", help="how many samples of the built-in pictures show the class asked for")
+    parser.add_argument("--shapes", nargs="+", metavar="PATH", help="how many samples of the built-in pictures show the class asked "
+                        "for: .npz files, or folders of whole runs")
     parser.add_argument("--data", help="'shapes', the built-in validation pictures, or a folder of images, to be centre-cropped")
     parser.add_argument("--num-images", type=int, help="so many images of each set, evenly spread (default: all; 1000 of shapes)")
     parser.add_argument("--crop", type=int, help="make a folder's images this size: shorter side resized, centre cropped")

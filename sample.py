@@ -59,7 +59,7 @@ def class_id(word, model):
 
 
 def paint(model, tokenizer, pictures, args, device, kept=None):
-    """Paint this rank's share of `pictures`, a list of (number k, class id), batch by batch. kept: (K,) first tokens of all.
+    """Paint this rank's share of `pictures`, a list of (number k, class id), batch by batch. kept: (B, K) first tokens of each.
 
     Yields numbers (list), tokens (B, N) int64 and images (B, 3, H, W) uint8 on the CPU.
     """
@@ -72,7 +72,7 @@ def paint(model, tokenizer, pictures, args, device, kept=None):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             tokens = model.generate(torch.tensor(classes), image_uniforms(args.seed, numbers, model.config.num_tokens),
                                     args.cfg_scale, args.cfg_power, args.temperature, args.top_k, args.top_p,
-                                    None if kept is None else kept.expand(len(numbers), -1),
+                                    None if kept is None else kept[list(numbers)],
                                     device.type == "cuda" and len(numbers) == args.batch_size and not args.no_compile)
             images = (tokenizer.decode(tokens) * 255).round().byte()
         yield list(numbers), tokens.cpu(), images.cpu()
@@ -101,18 +101,26 @@ def paint_grid(model, tokenizer, ids, args, device):
 UNPAINTED = 0.85                 # grey
 
 
+def patch_order(config, device):
+    """The token that paints each pixel: (H, W)."""
+    order = torch.arange(config.prefix_tokens, config.num_tokens, device=device).view(config.grid, config.grid)
+    return order.repeat_interleave(config.patch_size, 0).repeat_interleave(config.patch_size, 1)
+
+
 def so_far(image, strip, config, painted):
     """A picture of which the first `painted` tokens are known: the prefix strip in a band of its own over the image.
 
     image (B, 3, H, W) and strip (B, 3, p, (g+1)*p), of the causal decoder -> (B, 3, H + 2p, W + p); the rest is grey.
+    Without prefix tokens strip is None and there is no such band: (B, 3, H, W).
     """
     g, p, P = config.grid, config.patch_size, config.prefix_tokens
-    order = torch.arange(config.num_tokens, device=image.device)
-    strip_order = order[:P].repeat_interleave(p).expand(p, -1)
-    image_order = order[P:].view(g, g).repeat_interleave(p, 0).repeat_interleave(p, 1)
+    image = image.where(patch_order(config, image.device) < painted, UNPAINTED)
+    if not P:
+        return image
     canvas = torch.full((len(image), 3, g * p + 2 * p, P * p), UNPAINTED, device=image.device)
+    strip_order = torch.arange(P, device=image.device).repeat_interleave(p).expand(p, -1)
     canvas[..., :p, :] = strip.where(strip_order < painted, UNPAINTED)
-    canvas[..., 2 * p:, :g * p] = image.where(image_order < painted, UNPAINTED)
+    canvas[..., 2 * p:, :g * p] = image
     return canvas
 
 
@@ -133,44 +141,55 @@ def paint_gif(model, tokenizer, causal, ids, args, device):
     return args.paint
 
 
-def read_square(path, size):
-    """An image file of any size and format, centre-cropped: (1, 3, size, size) in [0, 1]."""
-    if not os.path.isfile(path):
-        raise InputError(f"no such image: {path}")
-    return data.to_tensor(data.centre_crop(data.read_image(path), size))[None].float() / 255
+def read_pictures(path, size, count):
+    """An image file, the first `count` of a folder, or of the built-in validation pictures ("shapes"), centre-cropped:
+    (B, 3, size, size) in [0, 1]. InputError when there are none."""
+    if path == "shapes":
+        shapes = data.Shapes("val", size, 0, 1000)
+        images = [shapes.read(0, index)[0] for index in data.spread(1000, count)]
+    else:
+        paths = fid.Folder(path).paths[:count] if os.path.isdir(path) else [path] * os.path.isfile(path)
+        images = [data.to_tensor(data.centre_crop(data.read_image(name), size)) for name in paths]
+    if not images:
+        raise InputError(f"no images in {path}" if os.path.isdir(path) else f"no such image or folder: {path}")
+    return torch.stack(images).float() / 255
 
 
 def complete(model, tokenizer, causal, ids, args, device):
-    """--image: the AR model goes on from the first --keep of the picture's tokens. A grid of the original, what is kept of it
-    (as the causal decoder paints it), and --n completions."""
+    """--image: the AR model goes on from the first --keep of the tokens of a picture, or of --num-images pictures. A grid, a row
+    a picture: the original, what is kept of it (as the causal decoder paints it), and --n completions."""
     config = tokenizer.config
-    original = read_square(args.image, config.image_size).to(device)
-    tokens = tokenizer.encode(original)
+    originals = read_pictures(args.image, config.image_size, args.num_images).to(device)
+    tokens = tokenizer.encode(originals)
     kept = round(args.keep * config.num_tokens)
     label = ids[0] if ids else model.config.num_classes
     if not ids:
         args.cfg_scale = 1.0                  # without a class there is nothing to guide to
-    parts = list(paint(model, tokenizer, [(k, label) for k in range(args.n)], args, device, tokens[0, :kept]))
+    pictures = [(k, label) for k in range(len(originals) * args.n)]
+    parts = [part[2] for part in paint(model, tokenizer, pictures, args, device, tokens[:, :kept].repeat_interleave(args.n, 0))]
+    completed = torch.cat(parts).to(device).view(len(originals), args.n, 3, config.image_size, config.image_size) / 255
     with torch.no_grad():
         image, strip = causal.decoder(F.embedding(tokens, causal.quantizer.codebook))
-    seen = so_far(image, strip, config, kept)[..., 2 * config.patch_size:, :config.image_size]
+    if kept < config.num_tokens:
+        hidden = (patch_order(config, device) >= kept).expand_as(completed[0, 0])
+        distance = ((completed - originals[:, None])[..., hidden] ** 2).mean((1, 2))
+        floor = ((tokenizer.decode(tokens) - originals)[..., hidden] ** 2).mean(1)
+        found, best = (-10 * mse.clamp_min(1e-10).log10().mean().item() for mse in (distance, floor))
+        print(f"hidden part, against the original: completions {found:.2f} dB PSNR, reconstruction from all tokens {best:.2f} dB")
+    seen = so_far(image, strip, config, kept)[..., -config.image_size:, :config.image_size]
     path = args.png or os.path.join(args.out, "completed.png")
-    data.save_grid(path, torch.cat([original, seen, *(part[2].to(device) / 255 for part in parts)]), args.n + 2)
+    data.save_grid(path, torch.cat([originals[:, None], seen[:, None], completed], 1).flatten(0, 1), args.n + 2)
     return path
 
 
 def reconstruct(tokenizer, causal, args, device):
     """--reconstruct: original, stage-1 and stage-2 reconstruction of a folder's first -n images, with PSNR in dB below."""
-    paths = fid.Folder(args.reconstruct).paths[:args.n]
-    if not paths:
-        raise InputError(f"no images in {args.reconstruct}" if os.path.isdir(args.reconstruct) else
-                         f"no such folder: {args.reconstruct}")
     size = tokenizer.config.image_size
-    originals = torch.cat([read_square(path, size) for path in paths]).to(device)
+    originals = read_pictures(args.reconstruct, size, args.n).to(device)
     tokens = tokenizer.encode(originals)
     columns = [originals, causal.decode(tokens), tokenizer.decode(tokens)]
     cell, line = max(size, 64), 16
-    sheet = Image.new("RGB", (3 * (cell + 4), len(paths) * (size + line + 2) + line), "white")
+    sheet = Image.new("RGB", (3 * (cell + 4), len(originals) * (size + line + 2) + line), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for column, (name, images) in enumerate(zip(("original", "stage 1", "stage 2"), columns)):
         left = column * (cell + 4) + 2
@@ -334,6 +353,7 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not least <= value < np.inf:
             raise InputError(f"--{name.replace('_', '-')} is at least {least}, found {value}")
+    args.num_images = args.num_images or (50_000 if args.npz else 8)
     if args.top_p is not None and args.top_p > 1:
         raise InputError(f"--top-p is at most 1, found {args.top_p}")
 
@@ -344,13 +364,15 @@ def main():
                         "or names")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--paint", metavar="GIF", help="with --class: show the grid appear token by token")
-    what.add_argument("--image", help="go on from the first tokens of this picture, with or without a --class")
-    what.add_argument("--reconstruct", metavar="FOLDER", help="original, stage-1 and stage-2 reconstructions of its images")
+    what.add_argument("--image", help="go on from the first tokens of this picture, of a folder's, or of the built-in ones "
+                      "('shapes'); with or without a --class")
+    what.add_argument("--reconstruct", metavar="FOLDER", help="original, stage-1 and stage-2 reconstructions of its images, or of "
+                      "one image, or of 'shapes'")
     what.add_argument("--benchmark", metavar="MODEL", help="time the AR model of a file, or a preset with random weights: "
                       f"{', '.join(PRESETS)}")
     what.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py and ADM's evaluator")
     parser.add_argument("--keep", type=float, default=0.5, help="with --image: share of its tokens to keep")
-    parser.add_argument("--num-images", type=int, default=50_000, help="pictures in the .npz, over all classes")
+    parser.add_argument("--num-images", type=int, help="pictures in the .npz, over all classes (default: 50,000); rows of --image (8)")
     parser.add_argument("-n", "--n", type=int, default=16, help="pictures of each class; torchrun lets only -n through")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg-scale", type=float, help="guidance at the last token; 1 is none (default: the model's)")
@@ -389,7 +411,7 @@ def main():
     args.dtype = data.pick_dtype(args.dtype, device)
     if args.dtype == "bfloat16":
         model.halve()
-    if (model.config.codebook_size, model.config.grid) != (tokenizer.config.codebook_size, tokenizer.config.grid) or (
+    if any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix")) or (
             model.tokenizer and model.tokenizer != tokenizer.fingerprint()):
         raise InputError(f"{paths[1]} was trained on the tokens of another tokenizer than {paths[0]}")
     ids = [class_id(word, model) for word in args.classes]

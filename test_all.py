@@ -3,7 +3,9 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -229,7 +231,7 @@ def test_causal_encoder_never_looks_ahead(patch):
 
 def test_encoder_mask_by_hand():
     """2 x 2 patches: latents are [prefix 0, prefix 1, prefix 2, image 0 .. 3] with patches 0, 0, 1, 0, 1, 2, 3."""
-    mask = causal_encoder_mask(2)
+    mask = causal_encoder_mask(TokenizerConfig(image_size=4, patch_size=2))
     assert mask.shape == (11, 11)
     assert mask[:4, :4].equal(torch.ones(4, 4).tril().bool()) and not mask[:4, 4:].any()
     assert mask[4:, :4].sum(1).tolist() == [1, 1, 2, 1, 2, 3, 4] and mask[4:, 4:].equal(torch.ones(7, 7).tril().bool())
@@ -605,7 +607,7 @@ def test_completions_go_on_from_the_picture(trained, tmp_path):
     Image.fromarray(data.draw_shape(0, "val", 207, 90)[0]).convert("CMYK").save(tmp_path / "photo.jpg")
     words = ["--out", trained, "--image", tmp_path / "photo.jpg", "--png", tmp_path / "c.png", "--n", 3]
     tokenizer = load_tokenizer(trained / "tokenizer.pt")
-    original = sample.read_square(str(tmp_path / "photo.jpg"), 32)
+    original = sample.read_pictures(str(tmp_path / "photo.jpg"), 32, 1)
     whole = (tokenizer.decode(tokenizer.encode(original))[0] * 255).round().permute(1, 2, 0).numpy()
     assert command(sample, *words, "--keep", 1)[0] == 0
     assert all(np.abs(cell - whole).max() <= 1 for cell in cells(tmp_path / "c.png", 5)[2:])
@@ -616,6 +618,39 @@ def test_completions_go_on_from_the_picture(trained, tmp_path):
     first, kept, *others = cells(tmp_path / "c.png", 5)
     assert np.abs(first - (original[0] * 255).permute(1, 2, 0).numpy()).max() <= 1
     assert (kept[16:] == round(255 * sample.UNPAINTED)).all() and kept[:16].std() > 5       # 13 tokens: 8 patches, two rows
+
+
+def test_completions_of_many_pictures(trained, tmp_path):
+    """A row a picture, whatever the batch size; what is printed is the distance over the patches that were hidden."""
+    words = ["--out", trained, "--image", "shapes", "--num-images", 3, "--n", 2, "--keep", 0.6, "--png"]
+    texts = [command(sample, *words, tmp_path / f"{size}.png", "--batch-size", size)[1] for size in (4, 6)]
+    sheets = [np.asarray(Image.open(tmp_path / f"{size}.png")).astype(int) for size in (4, 6)]
+    assert (sheets[0] == sheets[1]).all() and sheets[0].shape[:2] == (3 * 34 + 2, 4 * 34 + 2)
+    cells = sheets[0][2:, 2:].reshape(3, 34, 4, 34, 3)[:, :32, :, :32].transpose(0, 2, 1, 3, 4) / 255     # (3, 4, 32, 32, 3)
+    mse = ((cells[:, 2:] - cells[:, :1])[:, :, 16:] ** 2).mean((1, 2, 3, 4))
+    found = re.search(r"completions (.*) dB PSNR, reconstruction from all tokens (.*) dB", texts[0])
+    assert abs(float(found[1]) - (-10 * np.log10(mse)).mean()) < 0.05 and float(found[2]) > float(found[1])
+
+
+@pytest.mark.parametrize("flags, tokens", [(["--no-prefix"], 16), (["--decoder", "bidirectional"], 21), (["--encoder", "causal"], 21)])
+def test_other_tokenizers_for_comparison(flags, tokens, tmp_path):
+    """What the table of claims compares: each trains through both stages and the AR model, and paints."""
+    out = ["--out", tmp_path]
+    assert command(train_tokenizer, *out, *TOKENIZER, *flags, "--steps", 6, 4)[0] == 0
+    assert command(train_ar, *out, *AR, "--steps", 4, "--depth", 2, "--width", 64)[0] == 0
+    model, tokenizer = load_ar(tmp_path / "ar.pt"), load_tokenizer(tmp_path / "tokenizer.pt")
+    assert (model.config.width, model.config.depth, model.config.heads) == (64, 2, 2)
+    assert model.config.num_tokens == tokenizer.config.num_tokens == tokens
+    found = [json.loads(line) for line in open(tmp_path / "log.jsonl")][-1]
+    parts = {"prefix": tokens - 16, "first_row": 4, "rest": 12}
+    assert ("val_loss_prefix" in found) == (tokens > 16)
+    nats = sum(found.get(f"val_loss_{part}", 0) * count for part, count in parts.items())
+    assert abs(nats - found["val_loss"] * tokens) < 1e-3 and abs(nats / math.log(2) - found["val_bits_image"]) < 1e-3
+    code, _, err = command(sample, *out, "--class", 207, "--n", 1, "--paint", tmp_path / "a.gif")
+    if "--decoder" in flags:
+        assert code == 2 and "keeps no causal decoder" in err
+        code, _, err = command(sample, *out, "--class", 207, "--n", 1)
+    assert code == 0, err
 
 
 def test_reconstruct_shows_both_stages(trained, tmp_path):
@@ -1214,6 +1249,28 @@ def test_trainers_log_the_metrics(trained, tmp_path):
     assert ours == pytest.approx(theirs, abs=0.05)                             # the second is of 8-bit pictures
 
 
+def test_shapes_table(tmp_path):
+    """True pictures are near the reference and mostly right, negatives of other classes neither; seeds are averaged, logs read."""
+    for name, first, flip in (("a-0", 0, 0), ("a-1", 0, 0), ("b", 100, 255)):
+        os.makedirs(tmp_path / name)
+        pictures = [data.draw_shape(0, "train", first + k, 16)[0] ^ flip for k in range(500)]
+        np.savez(tmp_path / name / "samples.npz", arr_0=np.stack(pictures))
+        write_log(tmp_path / name / "log.jsonl", val_psnr=int(name == "a-1"))
+    code, out, err = command(fid, "--shapes", *(tmp_path / name for name in ("a-0", "a-1", "b/samples.npz")))
+    rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in out.splitlines()}
+    assert code == 0 and rows[""] == ["a", "samples.npz", "true pictures"], err
+    assert rows["stage 1 val_psnr"] == ["0.5 ± 0.71", "", ""]
+    right, wrong, ceiling = (float(cell.split()[0]) for cell in rows["samples shape"])
+    assert right > 0.6 > 0.2 > wrong and ceiling > 0.6
+    near, far, _ = (float(cell.split()[0]) for cell in rows["samples distance"])
+    assert 3 * near < far
+
+
+def write_log(path, **values):
+    log = data.Log(str(path), "tokenizer stage 1", 0)
+    log.write(1, **values)
+
+
 def test_shape_classifier_knows_right_from_wrong():
     classifier, labels = fid.shape_classifier(32, steps=150), torch.arange(0, 1000, 3)
     images = torch.stack([data.Shapes("val", 32, 0, 1000).read(0, int(k))[0] for k in labels]) / 255
@@ -1338,9 +1395,9 @@ def bad(tmp_path_factory, trained):
     ("sample", "--out {trained} --class 1 --npz {tmp}/x.npz", "found npz and class"),
     ("sample", "--out {trained} --class 1 --png {tmp}/x.pdf", "--png names a .png file, found {tmp}/x.pdf"),
     ("sample", "--out {tmp}/half --class 1", "no tokenizer.pt and no ar.pt in {tmp}/half: train_tokenizer.py"),
-    ("sample", "--out {trained} --reconstruct {tmp}/nowhere", "no such folder: {tmp}/nowhere"),
+    ("sample", "--out {trained} --reconstruct {tmp}/nowhere", "no such image or folder: {tmp}/nowhere"),
     ("train_tokenizer", "--lr 1e6 --steps 3 1 --batch-size 4 --image-size 32", "validation PSNR is not finite any more"),
-    ("sample", "--out {trained} --image {tmp}/nowhere.png", "no such image: {tmp}/nowhere.png"),
+    ("sample", "--out {trained} --image {tmp}/nowhere.png", "no such image or folder: {tmp}/nowhere.png"),
     ("sample", "--out {trained} --image {tmp}/zero/cat/7.jpg", "7.jpg is not a readable image"),
     ("sample", "--out {trained} --image {tmp}/flat/1.jpg --keep 1.5", "--keep from 0 to 1, found 0 and 1.5"),
     ("sample", "--out {trained} --reconstruct {tmp}/empty", "no images in {tmp}/empty"),

@@ -29,7 +29,8 @@ class TokenizerConfig:
     image_size: int = 256
     patch_size: int = 16
     encoder: str = "bidirectional"   # or "causal": the rule read literally, see `causal_encoder_mask`
-    decoder: str = "causal"          # stage 1; "bidirectional" after the swap
+    decoder: str = "causal"          # stage 1; "bidirectional" after the swap, or in an ordinary tokenizer from the start
+    prefix: bool = True              # without: no prefix tokens and no strip, for comparison
     encoder_width: int = 768
     encoder_depth: int = 12
     decoder_width: int = 1024
@@ -61,7 +62,7 @@ class TokenizerConfig:
 
     @property
     def prefix_tokens(self):
-        return self.grid + 1
+        return self.grid + 1 if self.prefix else 0
 
     @property
     def num_tokens(self):
@@ -138,19 +139,20 @@ def learned(count, width):
 # -----------------------------------------------------------------------------
 # Encoder: picture -> latents
 
-def own_patches(grid):
+def own_patches(config):
     """The patch that each latent paints, (N,): in the prefix the strip's (the first patch, then the first row), then all."""
-    return torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(grid), torch.arange(grid ** 2)])
+    patches = torch.arange(config.grid ** 2)
+    return torch.cat([patches[:1], patches[:config.grid], patches]) if config.prefix else patches
 
 
-def causal_encoder_mask(grid):
+def causal_encoder_mask(config):
     """Who may look at whom in a causal encoder: (T, T) bool, T = g*g patches then N latents, True = row sees column.
 
     A patch sees patches up to itself. A latent sees latents up to itself and patches up to its own.
     """
-    patches, prefix, own = grid ** 2, grid + 1, own_patches(grid)
-    mask = torch.ones(patches + prefix + patches, patches + prefix + patches, dtype=torch.bool).tril()
-    mask[patches:, :patches] = torch.arange(patches) <= own[:, None]
+    patches, total = config.grid ** 2, config.grid ** 2 + config.num_tokens
+    mask = torch.ones(total, total, dtype=torch.bool).tril()
+    mask[patches:, :patches] = torch.arange(patches) <= own_patches(config)[:, None]
     return mask
 
 
@@ -169,8 +171,9 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, c.head_dim) for _ in range(c.encoder_depth))
         self.ln_post = nn.LayerNorm(width)
         self.to_latent = nn.Linear(width, c.codebook_dim)
-        mask = causal_encoder_mask(c.grid) if c.encoder == "causal" else None
+        mask = causal_encoder_mask(c) if c.encoder == "causal" else None
         self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("own_patches", own_patches(c), persistent=False)
 
     def forward(self, images):
         patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.patch_positions           # (B, g*g, C)
@@ -290,7 +293,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, c.head_dim) for _ in range(c.decoder_depth))
         self.ln_post = nn.LayerNorm(width)
         self.image_head = PixelHead(width, c.patch_size)
-        self.strip_head = PixelHead(width, c.patch_size) if self.causal else None
+        self.strip_head = PixelHead(width, c.patch_size) if self.causal and c.prefix else None
 
     def forward(self, z):
         x = self.from_latent(z)
@@ -299,7 +302,7 @@ class Decoder(nn.Module):
         x = apply_blocks(self.blocks, x, self.recompute, self.causal)
         x = self.ln_post(x[:, len(self.buffer_tokens):])                                               # (B, N, C)
         image = self.image_head(x[:, self.prefix:], self.grid, self.grid)
-        strip = self.strip_head(x[:, :self.prefix], 1, self.prefix) if self.causal else None
+        strip = self.strip_head(x[:, :self.prefix], 1, self.prefix) if self.strip_head else None
         return image, strip
 
 
@@ -379,7 +382,7 @@ def init_weights(model, scheme):
             queries, keys, _ = module.in_proj.weight.data.chunk(3)
             keys.copy_(queries)
         if isinstance(module, Encoder):
-            module.latent_positions.data.copy_(module.patch_positions[own_patches(math.isqrt(len(module.patch_positions)))])
+            module.latent_positions.data.copy_(module.patch_positions[module.own_patches])
 
 
 # -----------------------------------------------------------------------------
@@ -454,13 +457,14 @@ def load_tokenizer(path, device="cpu"):
 def load_causal_decoder(path, device="cpu"):
     """The tokenizer of a file with its stage-1 decoder, which train_tokenizer.py keeps beside the stage-2 one.
 
-    InputError when the file has none, as the released one.
+    InputError when the file has none, as the released one, or one trained with --decoder bidirectional.
     """
     checkpoint = load_checkpoint(path, "tokenizer", from_released)
     state, config = checkpoint["model"], TokenizerConfig(**{**checkpoint["config"], "decoder": "causal"})
     if checkpoint["config"]["decoder"] != "causal":
         if not checkpoint.get("causal_decoder"):
-            raise InputError(f"{path} keeps no causal decoder to paint with token by token; name a file that train_tokenizer.py wrote")
+            raise InputError(f"{path} keeps no causal decoder to paint with token by token; name a file that train_tokenizer.py "
+                             "wrote, without --decoder bidirectional")
         state = {**{name: value for name, value in state.items() if not name.startswith("decoder.")},
                  **{f"decoder.{name}": value for name, value in checkpoint["causal_decoder"].items()}}
     model = Tokenizer(config)

@@ -9,7 +9,6 @@ it), ar.pt (the finished model), log.jsonl and pictures/.
 import argparse
 import itertools
 import math
-import time
 from dataclasses import asdict
 
 import torch
@@ -43,21 +42,25 @@ def drop_classes(classes, keys, probability, seed, null):
 
 
 @torch.no_grad()
-def evaluate(model, cache, args, device, rank, ranks):
-    """Loss in nats a token and token accuracy over --eval-images validation images."""
+def evaluate(model, cache, keys, args, device, rank, ranks):
+    """Loss in nats a token and share of tokens guessed right over images of a cache: on the whole, and of the
+    prefix, the first row and the rest; bits an image. -> {name: number}"""
     model.eval()
-    keys = [(0, index) for index in data.spread(len(cache), args.eval_images)]
-    sums = {"val_loss": 0.0, "val_accuracy": 0.0}
+    N, P, g = model.config.num_tokens, model.config.prefix_tokens, model.config.grid
+    sums = torch.zeros(2, N, dtype=torch.double)
     for at in range(rank * 32, len(keys), ranks * 32):
         tokens, classes = (t.to(device) for t in cache.batch(keys[at:at + 32], args.seed))
         logits = model(tokens[:, :-1], classes).float()
-        sums["val_loss"] += F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum").item()
-        sums["val_accuracy"] += (logits.argmax(-1) == tokens).sum().item()
+        sums[0] += F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").double().sum(0).cpu()
+        sums[1] += (logits.argmax(-1) == tokens).double().sum(0).cpu()
     model.train()
-    totals = data.over_ranks(list(sums.values()))
-    if not math.isfinite(totals[0]):
+    means = torch.tensor(data.over_ranks(sums.flatten().tolist())).view(2, N) / len(keys)
+    if not means.isfinite().all():
         raise InputError("the validation loss is not finite any more: training has diverged; start anew with a lower --lr")
-    return {name: total / (len(keys) * model.config.num_tokens) for name, total in zip(sums, totals)}
+    parts = {"": slice(N), "_prefix": slice(P), "_first_row": slice(P, P + g), "_rest": slice(P + g, N)}
+    return {"bits_image": means[0].sum().item() / math.log(2),
+            **{f"{name}{part}": values[where].mean().item() for name, values in zip(("loss", "accuracy"), means)
+               for part, where in parts.items() if len(values[where])}}
 
 
 def judge_samples(model, tokenizer, reference, inception, args, device, rank, ranks):
@@ -132,6 +135,8 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions
         inception = fid.load_inception(args.inception, device)
         reference = fid.extract(val_set, inception, device, args.eval_images, "validation images")
     log = data.Log(f"{args.out}/log.jsonl", run, start)
+    evaluated = {"train": data.stream_keys(len(train_cache), args.seed, 0, min(len(train_cache), args.eval_images)),
+                 "val": [(0, index) for index in data.spread(len(val_cache), args.eval_images)]}
     keys = data.batch_keys(len(train_cache), args.seed, args.batch_size, args.accum, start, rank, ranks)
 
     def save(path, step, weights, **more):
@@ -139,24 +144,25 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions
             data.save_checkpoint(path, "ar", asdict(config), weights, classes=classes, tokenizer=fingerprint, step=step, **more)
         data.barrier()
 
+    matrices = sum(p.numel() for p in [*model.blocks.parameters(), model.output.weight])
+    speed = data.Speed(6 * matrices * config.num_tokens, device, args.dtype)              # attention left out
     model.train()
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run, disable=rank > 0)
-    began, seen = time.perf_counter(), 0
+    speed.restart()
     for step in progress:
         parts = list(itertools.islice(keys, args.accum))
         losses, lr = update.step(step, [(*train_cache.batch(part, args.seed), part) for part in parts])
-        seen += args.batch_size
+        speed.seen += args.batch_size
 
         done = step + 1
         if done % 20 == 0 or done == args.steps:
             values = data.mean_over_ranks({name: value.item() for name, value in losses.items()})
             update.optimizer.check(done, path, saved)
-            speed = seen / (time.perf_counter() - began)
-            progress.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.1%}", img_s=f"{speed:.0f}")
+            progress.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.1%}", **speed.show())
             log.write(done, **values, lr=lr, skipped=int(update.optimizer.skipped))
-            began, seen = time.perf_counter(), 0
         if done % args.eval_every == 0 or done == args.steps:
-            values = evaluate(model, val_cache, args, device, rank, ranks)
+            values = {f"{split}_{name}": value for split, cache in (("train", train_cache), ("val", val_cache))
+                      for name, value in evaluate(model, cache, evaluated[split], args, device, rank, ranks).items()}
             if args.eval_fid:
                 found = judge_samples(model, tokenizer, reference, inception, args, device, rank, ranks)
                 values |= {"inception": inception.origin, **{f"val_{name}": number for name, number in found.items()}}
@@ -166,7 +172,7 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions
                 progress.write(f"{run}, step {done}: validation loss {values['val_loss']:.3f} nats a token, "
                                f"accuracy {values['val_accuracy']:.1%}")
             data.barrier()
-            began, seen = time.perf_counter(), 0
+            speed.restart()
         save_now, asked = interruptions.due(done)
         if save_now or done == args.steps:
             save(path, done, model.state_dict(), optimizer=update.optimizer.state_dict(), args=vars(args), keep=True)
@@ -193,7 +199,9 @@ def main():
     parser.add_argument("--tokenizer", help="a trained tokenizer (default: tokenizer.pt in --out)")
     parser.add_argument("--cache", help="folder of the token cache (default: tokens in --out)")
     parser.add_argument("--steps", type=int, help="steps to train (default: the preset's)")
-    parser.add_argument("--dropout", type=float, help="in place of the preset's")
+    parser.add_argument("--width", type=int, help="in place of the preset's, with heads of the same size")
+    for name, kind in (("depth", int), ("dropout", float)):
+        parser.add_argument("--" + name, type=kind, help="in place of the preset's")
     parser.add_argument("--ten-crop", action="store_true", help="cache ten crops of an image, as the paper does, not two")
     parser.add_argument("--class-dropout", type=float, default=0.1, help="share of pictures that train the null class")
     add_run_arguments(parser)
@@ -207,14 +215,16 @@ def main():
     if not args.resume and not args.benchmark:
         for name in ("ar_state.pt", "ar.pt"):
             refuse_overwrite(f"{args.out}/{name}")
-    changes = {} if args.dropout is None else {"dropout": args.dropout}
+    shape = {**PRESETS[args.preset], **{name: getattr(args, name) for name in ("width", "depth", "dropout")
+                                        if getattr(args, name) is not None}}
+    shape["heads"] = shape["width"] * shape["heads"] // PRESETS[args.preset]["width"]
     if args.benchmark:
-        return benchmark(ARConfig(**{**PRESETS[args.preset], **changes}), args, device)
+        return benchmark(ARConfig(**shape), args, device)
     tokenizer = load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device)
     train_set, val_set = data.open_data(args.data, args.val_data, tokenizer.config.image_size, args.seed, args.skip_bad_images,
                                         args.num_pictures, args.ten_crop)
-    config = ARConfig(codebook_size=tokenizer.config.codebook_size, grid=tokenizer.config.grid,
-                      num_classes=len(train_set.classes), **{**PRESETS[args.preset], **changes})
+    config = ARConfig(num_classes=len(train_set.classes), **shape,
+                      **{name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix")})
     cache = args.cache or f"{args.out}/tokens"
     train_cache = data.open_cache(f"{cache}/train", train_set, tokenizer, device, args.workers)
     val_cache = data.open_cache(f"{cache}/val", val_set, tokenizer, device, args.workers)

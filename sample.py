@@ -61,23 +61,35 @@ def class_id(word, model):
 def paint(model, tokenizer, pictures, args, device, kept=None):
     """Paint this rank's share of `pictures`, a list of (number k, class id), batch by batch. kept: (B, K) first tokens of each.
 
-    Yields numbers (list), tokens (B, N) int64 and images (B, 3, H, W) uint8 on the CPU.
+    Yields numbers (list), tokens (B, N) int64 and images (B, 3, H, W) uint8 on the CPU, a GPU being at the next batch already.
     """
     rank, ranks = data.rank_and_count()
     share = -(-len(pictures) // ranks)
     mine = pictures[rank * share:(rank + 1) * share]          # in one piece, so that ranks write to different pages of a file
     progress = tqdm(total=len(pictures), desc="painting", unit="img", disable=rank > 0)
+    on_gpu, before = device.type == "cuda", []
     for at in range(0, len(mine), args.batch_size):
         numbers, classes = zip(*mine[at:at + args.batch_size])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             tokens = model.generate(torch.tensor(classes), image_uniforms(args.seed, numbers, model.config.num_tokens),
                                     args.cfg_scale, args.cfg_power, args.temperature, args.top_k, args.top_p,
                                     None if kept is None else kept[list(numbers)],
-                                    device.type == "cuda" and len(numbers) == args.batch_size and not args.no_compile)
+                                    on_gpu and len(numbers) == args.batch_size and not args.no_compile)
             images = (tokenizer.decode(tokens) * 255).round().byte()
-        yield list(numbers), tokens.cpu(), images.cpu()
+        copies = (list(numbers), *(x.to("cpu", non_blocking=on_gpu) for x in (tokens, images)))
+        yield from map(arrived, before)
+        before = [(torch.cuda.current_stream().record_event() if on_gpu else None, copies)]
         progress.update(min(len(numbers) * ranks, len(pictures) - progress.n))
+    yield from map(arrived, before)
     progress.close()
+
+
+def arrived(batch):
+    """An event on the GPU, or None, and what is whole once it has happened -> the latter."""
+    event, copies = batch
+    if event:
+        event.synchronize()
+    return copies
 
 
 def paint_grid(model, tokenizer, ids, args, device):

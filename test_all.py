@@ -485,9 +485,12 @@ def test_cached_generation_equals_the_full_forward(scale):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 def test_compiled_generation_equals_the_plain_one():
-    model, classes, uniforms = small_ar(), torch.tensor([1, 7, 3]), image_uniforms(0, range(3), 21)
-    options = {"top_k": 20, "top_p": 0.9, "cfg_scale": 3.0}
-    assert torch.equal(model.generate(classes, uniforms, compiled=True, **options), model.generate(classes, uniforms, **options))
+    model = small_ar()
+    for size, options in ((3, {"top_k": 20, "top_p": 0.9, "cfg_scale": 3.0}), (2, {"cfg_scale": 1}), (3, {"temperature": 0}),
+                          (3, {"cfg_scale": 3.0, "kept": torch.arange(15).view(3, 5)})):
+        classes, uniforms = torch.tensor([1, 7, 3])[:size], image_uniforms(0, range(size), 21)
+        plain = model.generate(classes, uniforms, **options)
+        assert torch.equal(model.generate(classes, uniforms, compiled=True, **options), plain), options
 
 
 def test_bfloat16_weights_give_nearly_the_same_logits():

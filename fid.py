@@ -541,10 +541,11 @@ def last_evaluations(folder):
     return values
 
 
-def judge_shapes(paths):
+def judge_shapes(paths, png=None):
     """Print a table: how many samples, classes in turn, show their class, and their Frechet distance to true pictures in the
     classifier's features; the same of validation pictures, as a ceiling. paths: .npz files, or folders of runs with samples.npz
-    and log.jsonl, whose last evaluations are shown, too. Of names that differ in a final -number, mean and standard deviation."""
+    and log.jsonl, whose last evaluations are shown, too. Of names that differ in a final -number, mean and standard deviation.
+    png: a grid for the eye, a row for each column of the table, of the first such run."""
     def true(split, count):
         pictures = data.Shapes(split, size, 0, count)
         return torch.stack([pictures.read(0, k)[0] for k in range(count)])
@@ -562,15 +563,18 @@ def judge_shapes(paths):
         raise InputError(f"--shapes takes square pictures of one size, found {', '.join(str(file.shape[1:3]) for file in files)}")
     classifier = shape_classifier(size)
     _, reference = judge(true("train", 5000))
-    columns = {}
+    columns, shown = {}, {}
     for path, images in (*((path, next(file.batches([range(len(file))]))[0]) for path, file in zip(paths, files)),
                          ("true pictures", true("val", 1000))):
         shares, found = judge(images)
         values = {**(last_evaluations(path) if os.path.isdir(path) else {}), **shares,
                   "samples distance": frechet_distance(*reference, *found)}
         name = re.sub(r"-\d+$", "", os.path.basename(os.path.normpath(path)))
+        shown.setdefault(name, images[data.spread(len(images), 16)])
         for what, value in values.items():
             columns.setdefault(name, {}).setdefault(what, []).append(value)
+    if png:
+        data.save_grid(png, torch.cat(list(shown.values())) / 255, 16)
     rows = dict.fromkeys(what for values in columns.values() for what in values)
     print("| | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
     for what in rows:
@@ -608,6 +612,7 @@ def main():
     parser.add_argument("--tokenizer", help="judge this tokenizer's reconstructions of --data")
     parser.add_argument("--shapes", nargs="+", metavar="PATH", help="how many samples of the built-in pictures show the class asked "
                         "for: .npz files, or folders of whole runs")
+    parser.add_argument("--png", help="with --shapes: also a grid of samples, a row for each column of the table")
     parser.add_argument("--data", help="'shapes', the built-in validation pictures, or a folder of images, to be centre-cropped")
     parser.add_argument("--num-images", type=int, help="so many images of each set, evenly spread (default: all; 1000 of shapes)")
     parser.add_argument("--crop", type=int, help="make a folder's images this size: shorter side resized, centre cropped")
@@ -624,8 +629,8 @@ def main():
         if value is not None and value < low:
             raise InputError(f"--{flag} is at least {low}, found {value}")
     if args.shapes and not (args.tokenizer or args.data or args.reference):
-        return judge_shapes(args.shapes)
-    if args.shapes or bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
+        return judge_shapes(args.shapes, args.png)
+    if args.shapes or args.png or bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
         raise InputError("name one or two sets of images, or --tokenizer and --data, or --shapes")
     if args.tokenizer and (args.crop or args.save_stats or args.benchmark):
         raise InputError("--crop, --save-stats and --benchmark go with sets of images, not with --tokenizer")

@@ -1256,17 +1256,18 @@ def test_shapes_table(tmp_path):
     """True pictures are near the reference and mostly right, negatives of other classes neither; seeds are averaged, logs read."""
     for name, first, flip in (("a-0", 0, 0), ("a-1", 0, 0), ("b", 100, 255)):
         os.makedirs(tmp_path / name)
-        pictures = [data.draw_shape(0, "train", first + k, 16)[0] ^ flip for k in range(500)]
+        pictures = [data.draw_shape(0, "train", first + k, 16)[0] ^ flip for k in range(1000)]
         np.savez(tmp_path / name / "samples.npz", arr_0=np.stack(pictures))
         write_log(tmp_path / name / "log.jsonl", val_psnr=int(name == "a-1"))
-    code, out, err = command(fid, "--shapes", *(tmp_path / name for name in ("a-0", "a-1", "b/samples.npz")))
+    names = [tmp_path / name for name in ("a-0", "a-1", "b/samples.npz")]
+    code, out, err = command(fid, "--shapes", *names, "--png", tmp_path / "a.png")
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in out.splitlines()}
     assert code == 0 and rows[""] == ["a", "samples.npz", "true pictures"], err
     assert rows["stage 1 val_psnr"] == ["0.5 ± 0.71", "", ""]
     right, wrong, ceiling = (float(cell.split()[0]) for cell in rows["samples shape"])
     assert right > 0.6 > 0.2 > wrong and ceiling > 0.6
     near, far, _ = (float(cell.split()[0]) for cell in rows["samples distance"])
-    assert 3 * near < far
+    assert 3 * near < far and Image.open(tmp_path / "a.png").size == (16 * 18 + 2, 3 * 18 + 2)
 
 
 def write_log(path, **values):

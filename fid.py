@@ -541,11 +541,11 @@ def last_evaluations(folder):
     return values
 
 
-def judge_shapes(paths, png=None):
+def judge_shapes(paths, png=None, steps=800):
     """Print a table: how many samples, classes in turn, show their class, and their Frechet distance to true pictures in the
     classifier's features; the same of validation pictures, as a ceiling. paths: .npz files, or folders of runs with samples.npz
     and log.jsonl, whose last evaluations are shown, too. Of names that differ in a final -number, mean and standard deviation.
-    png: a grid for the eye, a row for each column of the table, of the first such run."""
+    png: a grid for the eye, a row for each column of the table, of the first such run. steps: the classifier's."""
     def true(split, count):
         pictures = data.Shapes(split, size, 0, count)
         return torch.stack([pictures.read(0, k)[0] for k in range(count)])
@@ -561,7 +561,7 @@ def judge_shapes(paths, png=None):
     size = files[0].shape[1]
     if any(file.shape[1:3] != (size, size) for file in files):
         raise InputError(f"--shapes takes square pictures of one size, found {', '.join(str(file.shape[1:3]) for file in files)}")
-    classifier = shape_classifier(size)
+    classifier = shape_classifier(size, steps)
     _, reference = judge(true("train", 5000))
     columns, shown = {}, {}
     for path, images in (*((path, next(file.batches([range(len(file))]))[0]) for path, file in zip(paths, files)),

@@ -183,11 +183,13 @@ def complete(model, tokenizer, causal, ids, args, device):
     with torch.no_grad():
         image, strip = causal.decoder(F.embedding(tokens, causal.quantizer.codebook))
     if kept < config.num_tokens:
-        hidden = (patch_order(config, device) >= kept).expand_as(completed[0, 0])
-        distance = ((completed - originals[:, None])[..., hidden] ** 2).mean((1, 2))
-        floor = ((tokenizer.decode(tokens) - originals)[..., hidden] ** 2).mean(1)
-        found, best = (-10 * mse.clamp_min(1e-10).log10().mean().item() for mse in (distance, floor))
+        hidden = patch_order(config, device) >= kept
+        pairs = ((completed, originals[:, None]), (tokenizer.decode(tokens), originals))
+        found, best = (-10 * (a - b)[..., hidden].square().flatten(1).mean(1).clamp_min(1e-10).log10().mean().item() for a, b in pairs)
         print(f"hidden part, against the original: completions {found:.2f} dB PSNR, reconstruction from all tokens {best:.2f} dB")
+        if len(originals) > 1 and kept:       # do tokens hint at what is hidden?
+            others = tokenizer.encode(originals.roll(1, 0).where(hidden, originals))
+            print(f"{(others != tokens)[:, :kept].float().mean():.1%} of the kept tokens change when the hidden part is another picture's")
     seen = so_far(image, strip, config, kept)[..., -config.image_size:, :config.image_size]
     path = args.png or os.path.join(args.out, "completed.png")
     data.save_grid(path, torch.cat([originals[:, None], seen[:, None], completed], 1).flatten(0, 1), args.n + 2)

@@ -633,6 +633,7 @@ def test_completions_of_many_pictures(trained, tmp_path):
     mse = ((cells[:, 2:] - cells[:, :1])[:, :, 16:] ** 2).mean((1, 2, 3, 4))
     found = re.search(r"completions (.*) dB PSNR, reconstruction from all tokens (.*) dB", texts[0])
     assert abs(float(found[1]) - (-10 * np.log10(mse)).mean()) < 0.05 and float(found[2]) > float(found[1])
+    assert 5 < float(re.search(r"(.*)% of the kept tokens change", texts[0])[1]) < 100
 
 
 @pytest.mark.parametrize("flags, tokens", [(["--no-prefix"], 16), (["--decoder", "bidirectional"], 21), (["--encoder", "causal"], 21)])
@@ -650,6 +651,9 @@ def test_other_tokenizers_for_comparison(flags, tokens, tmp_path):
     nats = sum(found.get(f"val_loss_{part}", 0) * count for part, count in parts.items())
     assert abs(nats - found["val_loss"] * tokens) < 1e-3 and abs(nats / math.log(2) - found["val_bits_image"]) < 1e-3
     code, _, err = command(sample, *out, "--class", 207, "--n", 1, "--paint", tmp_path / "a.gif")
+    if "--encoder" in flags:                  # which can't hint at what is hidden
+        words = ["--image", "shapes", "--num-images", 8, "--keep", 0.6, "--n", 1, "--png", tmp_path / "c.png"]
+        assert "\n0.0% of the kept tokens change" in command(sample, *out, *words)[1]
     if "--decoder" in flags:
         assert code == 2 and "keeps no causal decoder" in err
         code, _, err = command(sample, *out, "--class", 207, "--n", 1)
@@ -1252,7 +1256,7 @@ def test_trainers_log_the_metrics(trained, tmp_path):
     assert ours == pytest.approx(theirs, abs=0.05)                             # the second is of 8-bit pictures
 
 
-def test_shapes_table(tmp_path):
+def test_shapes_table(tmp_path, capsys):
     """True pictures are near the reference and mostly right, negatives of other classes neither; seeds are averaged, logs read."""
     for name, first, flip in (("a-0", 0, 0), ("a-1", 0, 0), ("b", 100, 255)):
         os.makedirs(tmp_path / name)
@@ -1260,9 +1264,10 @@ def test_shapes_table(tmp_path):
         np.savez(tmp_path / name / "samples.npz", arr_0=np.stack(pictures))
         write_log(tmp_path / name / "log.jsonl", val_psnr=int(name == "a-1"))
     names = [tmp_path / name for name in ("a-0", "a-1", "b/samples.npz")]
-    code, out, err = command(fid, "--shapes", *names, "--png", tmp_path / "a.png")
+    fid.judge_shapes([str(name) for name in names], tmp_path / "a.png", steps=200)
+    out = capsys.readouterr().out
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in out.splitlines()}
-    assert code == 0 and rows[""] == ["a", "samples.npz", "true pictures"], err
+    assert rows[""] == ["a", "samples.npz", "true pictures"]
     assert rows["stage 1 val_psnr"] == ["0.5 ± 0.71", "", ""]
     right, wrong, ceiling = (float(cell.split()[0]) for cell in rows["samples shape"])
     assert right > 0.6 > 0.2 > wrong and ceiling > 0.6

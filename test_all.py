@@ -1374,7 +1374,7 @@ def bad(tmp_path_factory, trained):
     ("train_tokenizer", "--steps 0 5", "--steps takes two numbers above zero"),
     ("train_tokenizer", "--lr -1", "--lr is above zero, found -1.0"),
     ("train_tokenizer", "--seed -1", "--seed is at least 0"),
-    ("train_tokenizer", "--encoder sideways", "encoder is bidirectional or causal, found 'sideways'"),
+    ("train_tokenizer", "--encoder sideways", "argument --encoder: invalid choice: 'sideways'"),
     ("train_tokenizer", "--stage 2", "no such checkpoint: {out}/tokenizer_stage1.pt"),
     ("train_tokenizer", "--device cuda", "device cuda is not available here"),
     ("train_tokenizer", "--out {trained}", "tokenizer_stage1.pt is there already: --resume"),

@@ -629,8 +629,8 @@ def mean_over_ranks(values):
 
 
 def wait_for(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def matrix_rate(device, dtype, size=None):

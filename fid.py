@@ -313,8 +313,7 @@ class Features:
         self.rows[indices.start:indices.stop] = rows
 
     def clock(self):
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+        data.wait_for(self.device)
         return time.perf_counter()
 
     def finish(self):
@@ -532,21 +531,26 @@ def shape_accuracy(classifier, images, labels):
 
 
 def last_evaluations(folder):
-    """What a run's log.jsonl says last of each stage: {"stage 1 val_psnr": number, "ar val_loss": number, ...}."""
-    values = {}
-    with open(os.path.join(folder, "log.jsonl")) as file:
-        for line in map(json.loads, file):
-            values |= {f"{line['run'].removeprefix('tokenizer ')} {name}": value for name, value in line.items()
-                       if name.startswith(("val_", "train_"))}
+    """What a run's log.jsonl says last of each stage: {"stage 1 val_psnr": number, "ar val_loss": number, ...}. {} without one."""
+    values, path = {}, os.path.join(folder, "log.jsonl")
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in (json.loads(line) for line in file if line.endswith("\n")):           # a last line may be half written
+                values |= {f"{line['run'].removeprefix('tokenizer ')} {name}": value for name, value in line.items()
+                           if name.startswith(("val_", "train_")) and value is not None}
     return values
 
 
 def judge_shapes(paths, png=None, steps=800):
-    """Print a table: how many samples, classes in turn, show their class, and their Frechet distance to true pictures in the
-    classifier's features; the same of validation pictures, as a ceiling. paths: .npz files, or folders of runs with samples.npz
-    and log.jsonl, whose last evaluations are shown, too. Of names that differ in a final -number, mean and standard deviation.
-    png: a grid for the eye, a row for each column of the table, of the first such run. steps: the classifier's."""
-    def true(split, count):
+    """Print a table of what samples of the built-in pictures show: shares right, and the Frechet distance to true pictures in the
+    classifier's features; the same of validation pictures, as a ceiling.
+
+    paths: .npz files of samples, classes in turn, or folders of runs with samples.npz and log.jsonl, whose last evaluations are
+        shown, too. Folders that differ only in a final -number share a column: mean and standard deviation over them.
+    png: where a grid goes, a row for each column of the table, of its first folder or file.
+    steps: of the classifier's training.
+    """
+    def true_pictures(split, count):
         pictures = data.Shapes(split, size, 0, count)
         return torch.stack([pictures.read(0, k)[0] for k in range(count)])
 
@@ -562,21 +566,23 @@ def judge_shapes(paths, png=None, steps=800):
     if any(file.shape[1:3] != (size, size) for file in files):
         raise InputError(f"--shapes takes square pictures of one size, found {', '.join(str(file.shape[1:3]) for file in files)}")
     classifier = shape_classifier(size, steps)
-    _, reference = judge(true("train", 5000))
+    _, reference = judge(true_pictures("train", 5000))
     columns, shown = {}, {}
     for path, images in (*((path, next(file.batches([range(len(file))]))[0]) for path, file in zip(paths, files)),
-                         ("true pictures", true("val", 1000))):
+                         ("true pictures", true_pictures("val", 1000))):
         shares, found = judge(images)
         values = {**(last_evaluations(path) if os.path.isdir(path) else {}), **shares,
-                  "samples distance": frechet_distance(*reference, *found)}
-        name = re.sub(r"-\d+$", "", os.path.basename(os.path.normpath(path)))
-        shown.setdefault(name, images[data.spread(len(images), 16)])
+                  "samples Frechet distance": frechet_distance(*reference, *found)}
+        name = re.sub(r"-\d+$", "", os.path.normpath(path)) if os.path.isdir(path) else path
+        shown.setdefault(name, images[[k * len(images) // 16 for k in range(16)]])
         for what, value in values.items():
             columns.setdefault(name, {}).setdefault(what, []).append(value)
     if png:
         data.save_grid(png, torch.cat(list(shown.values())) / 255, 16)
     rows = dict.fromkeys(what for values in columns.values() for what in values)
-    print("| | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
+    counts = [len(next(iter(values.values()))) for values in columns.values()]
+    print("| | " + " | ".join(name + (f" ({count} runs)" if count > 1 else "") for name, count in zip(columns, counts)) + " |\n" +
+          "|---" * (1 + len(columns)) + "|")
     for what in rows:
         cells = [values.get(what, []) for values in columns.values()]
         print(f"| {what} | " + " | ".join((f"{np.mean(cell):.4g}" + (f" ± {np.std(cell, ddof=1):.2g}" if len(cell) > 1 else ""))
@@ -611,7 +617,7 @@ def main():
     parser.add_argument("samples", nargs="?", help="likewise; judged against the reference")
     parser.add_argument("--tokenizer", help="judge this tokenizer's reconstructions of --data")
     parser.add_argument("--shapes", nargs="+", metavar="PATH", help="how many samples of the built-in pictures show the class asked "
-                        "for: .npz files, or folders of whole runs")
+                        "for: .npz files, or folders of runs, averaged where they differ only in a final -number")
     parser.add_argument("--png", help="with --shapes: also a grid of samples, a row for each column of the table")
     parser.add_argument("--data", help="'shapes', the built-in validation pictures, or a folder of images, to be centre-cropped")
     parser.add_argument("--num-images", type=int, help="so many images of each set, evenly spread (default: all; 1000 of shapes)")
@@ -630,7 +636,9 @@ def main():
             raise InputError(f"--{flag} is at least {low}, found {value}")
     if args.shapes and not (args.tokenizer or args.data or args.reference):
         return judge_shapes(args.shapes, args.png)
-    if args.shapes or args.png or bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
+    if args.png:
+        raise InputError("--png goes with --shapes alone")
+    if args.shapes or bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
         raise InputError("name one or two sets of images, or --tokenizer and --data, or --shapes")
     if args.tokenizer and (args.crop or args.save_stats or args.benchmark):
         raise InputError("--crop, --save-stats and --benchmark go with sets of images, not with --tokenizer")

@@ -67,7 +67,7 @@ def paint(model, tokenizer, pictures, args, device, kept=None):
     share = -(-len(pictures) // ranks)
     mine = pictures[rank * share:(rank + 1) * share]          # in one piece, so that ranks write to different pages of a file
     progress = tqdm(total=len(pictures), desc="painting", unit="img", disable=rank > 0)
-    on_gpu, before = device.type == "cuda", []
+    on_gpu, in_flight = device.type == "cuda", []
     for at in range(0, len(mine), args.batch_size):
         numbers, classes = zip(*mine[at:at + args.batch_size])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -77,15 +77,16 @@ def paint(model, tokenizer, pictures, args, device, kept=None):
                                     on_gpu and len(numbers) == args.batch_size and not args.no_compile)
             images = (tokenizer.decode(tokens) * 255).round().byte()
         copies = (list(numbers), *(x.to("cpu", non_blocking=on_gpu) for x in (tokens, images)))
-        yield from map(arrived, before)
-        before = [(torch.cuda.current_stream().record_event() if on_gpu else None, copies)]
+        launched = (torch.cuda.current_stream().record_event() if on_gpu else None, copies)
+        yield from map(wait_for_copies, in_flight if on_gpu else [launched])
+        in_flight = [launched] if on_gpu else []
         progress.update(min(len(numbers) * ranks, len(pictures) - progress.n))
-    yield from map(arrived, before)
+    yield from map(wait_for_copies, in_flight)
     progress.close()
 
 
-def arrived(batch):
-    """An event on the GPU, or None, and what is whole once it has happened -> the latter."""
+def wait_for_copies(batch):
+    """batch: the event that follows the copies to the CPU, or None, and the copies -> these, once they are whole."""
     event, copies = batch
     if event:
         event.synchronize()
@@ -172,7 +173,7 @@ def complete(model, tokenizer, causal, ids, args, device):
     a picture: the original, what is kept of it (as the causal decoder paints it), and --n completions."""
     config = tokenizer.config
     originals = read_pictures(args.image, config.image_size, args.num_images).to(device)
-    tokens = tokenizer.encode(originals)
+    tokens = torch.cat([tokenizer.encode(part) for part in originals.split(args.batch_size)])
     kept = round(args.keep * config.num_tokens)
     label = ids[0] if ids else model.config.num_classes
     if not ids:
@@ -185,11 +186,12 @@ def complete(model, tokenizer, causal, ids, args, device):
     if kept < config.num_tokens:
         hidden = patch_order(config, device) >= kept
         pairs = ((completed, originals[:, None]), (tokenizer.decode(tokens), originals))
-        found, best = (-10 * (a - b)[..., hidden].square().flatten(1).mean(1).clamp_min(1e-10).log10().mean().item() for a, b in pairs)
+        mse = ((a - b)[..., hidden].square().flatten(1).mean(1).clamp_min(1e-10) for a, b in pairs)          # of each picture
+        found, best = (-10 * values.log10().mean().item() for values in mse)
         print(f"hidden part, against the original: completions {found:.2f} dB PSNR, reconstruction from all tokens {best:.2f} dB")
-        if len(originals) > 1 and kept:       # do tokens hint at what is hidden?
-            others = tokenizer.encode(originals.roll(1, 0).where(hidden, originals))
-            print(f"{(others != tokens)[:, :kept].float().mean():.1%} of the kept tokens change when the hidden part is another picture's")
+        if len(originals) > 1 and kept >= config.prefix_tokens + config.grid:          # before, the prefix may know the first row
+            changed = tokenizer.encode(originals.roll(1, 0).where(hidden, originals)) != tokens
+            print(f"{changed[:, :kept].float().mean():.1%} of the kept tokens change when the hidden part is another picture's")
     seen = so_far(image, strip, config, kept)[..., -config.image_size:, :config.image_size]
     path = args.png or os.path.join(args.out, "completed.png")
     data.save_grid(path, torch.cat([originals[:, None], seen[:, None], completed], 1).flatten(0, 1), args.n + 2)
@@ -197,7 +199,7 @@ def complete(model, tokenizer, causal, ids, args, device):
 
 
 def reconstruct(tokenizer, causal, args, device):
-    """--reconstruct: original, stage-1 and stage-2 reconstruction of a folder's first -n images, with PSNR in dB below."""
+    """--reconstruct: original, stage-1 and stage-2 reconstruction of -n pictures, see `read_pictures`, with PSNR in dB below."""
     size = tokenizer.config.image_size
     originals = read_pictures(args.reconstruct, size, args.n).to(device)
     tokens = tokenizer.encode(originals)
@@ -380,14 +382,15 @@ def main():
     what.add_argument("--paint", metavar="GIF", help="with --class: show the grid appear token by token")
     what.add_argument("--image", help="go on from the first tokens of this picture, of a folder's, or of the built-in ones "
                       "('shapes'); with or without a --class")
-    what.add_argument("--reconstruct", metavar="FOLDER", help="original, stage-1 and stage-2 reconstructions of its images, or of "
+    what.add_argument("--reconstruct", metavar="PATH", help="original, stage-1 and stage-2 reconstructions of its images, or of "
                       "one image, or of 'shapes'")
     what.add_argument("--benchmark", metavar="MODEL", help="time the AR model of a file, or a preset with random weights: "
                       f"{', '.join(PRESETS)}")
     what.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py and ADM's evaluator")
     parser.add_argument("--keep", type=float, default=0.5, help="with --image: share of its tokens to keep")
     parser.add_argument("--num-images", type=int, help="pictures in the .npz, over all classes (default: 50,000); rows of --image (8)")
-    parser.add_argument("-n", "--n", type=int, default=16, help="pictures of each class; torchrun lets only -n through")
+    parser.add_argument("-n", "--n", type=int, default=16, help="pictures of each class, completions of --image, pictures to --reconstruct; "
+                        "torchrun lets only -n through")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg-scale", type=float, help="guidance at the last token; 1 is none (default: the model's)")
     parser.add_argument("--cfg-power", type=float, help="above 1 guidance comes late, below early (default: the model's)")
@@ -398,7 +401,7 @@ def main():
     parser.add_argument("--out", default="out", help="folder with tokenizer.pt and ar.pt")
     parser.add_argument("--tokenizer", help="tokenizer checkpoint (default: the one in --out, else in weights/)")
     parser.add_argument("--ar", help="AR checkpoint (default: likewise)")
-    parser.add_argument("--png", help="the grid's file name (default: class_<class>.png in --out)")
+    parser.add_argument("--png", help="the grid's file name (default: in --out, class_<class>.png, completed.png or reconstructed.png)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                         help="of the matrix work; auto is bfloat16 where the hardware has it and the model is large; float32 is the reference")

@@ -649,7 +649,7 @@ def test_other_tokenizers_for_comparison(flags, tokens, tmp_path):
     parts = {"prefix": tokens - 16, "first_row": 4, "rest": 12}
     assert ("val_loss_prefix" in found) == (tokens > 16)
     nats = sum(found.get(f"val_loss_{part}", 0) * count for part, count in parts.items())
-    assert abs(nats - found["val_loss"] * tokens) < 1e-3 and abs(nats / math.log(2) - found["val_bits_image"]) < 1e-3
+    assert abs(nats - found["val_loss"] * tokens) < 1e-3 and abs(nats / math.log(2) - found["val_bits_per_image"]) < 1e-3
     code, _, err = command(sample, *out, "--class", 207, "--n", 1, "--paint", tmp_path / "a.gif")
     if "--encoder" in flags:                  # which can't hint at what is hidden
         words = ["--image", "shapes", "--num-images", 8, "--keep", 0.6, "--n", 1, "--png", tmp_path / "c.png"]
@@ -1267,11 +1267,11 @@ def test_shapes_table(tmp_path, capsys):
     fid.judge_shapes([str(name) for name in names], tmp_path / "a.png", steps=200)
     out = capsys.readouterr().out
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in out.splitlines()}
-    assert rows[""] == ["a", "samples.npz", "true pictures"]
+    assert rows[""] == [f"{tmp_path}/a (2 runs)", f"{tmp_path}/b/samples.npz", "true pictures"]
     assert rows["stage 1 val_psnr"] == ["0.5 ± 0.71", "", ""]
     right, wrong, ceiling = (float(cell.split()[0]) for cell in rows["samples shape"])
     assert right > 0.6 > 0.2 > wrong and ceiling > 0.6
-    near, far, _ = (float(cell.split()[0]) for cell in rows["samples distance"])
+    near, far, _ = (float(cell.split()[0]) for cell in rows["samples Frechet distance"])
     assert 3 * near < far and Image.open(tmp_path / "a.png").size == (16 * 18 + 2, 3 * 18 + 2)
 
 
@@ -1374,6 +1374,9 @@ def bad(tmp_path_factory, trained):
     ("train_tokenizer", "--steps 0 5", "--steps takes two numbers above zero"),
     ("train_tokenizer", "--lr -1", "--lr is above zero, found -1.0"),
     ("train_tokenizer", "--seed -1", "--seed is at least 0"),
+    ("train_ar", "--width 100", "--width is a multiple of 32, the size of a head, and --depth at least 1, found 100 and 6"),
+    ("train_ar", "--depth 0", "found 160 and 0"),
+    ("fid", "{tmp}/a.npz --png {tmp}/a.png", "--png goes with --shapes alone"),
     ("train_tokenizer", "--encoder sideways", "argument --encoder: invalid choice: 'sideways'"),
     ("train_tokenizer", "--stage 2", "no such checkpoint: {out}/tokenizer_stage1.pt"),
     ("train_tokenizer", "--device cuda", "device cuda is not available here"),

@@ -38,7 +38,7 @@ class TokenizerConfig:
     head_dim: int = 64
     codebook_size: int = 4096
     codebook_dim: int = 32
-    buffer_tokens: int = 32          # learned tokens in front of the stage-2 decoder; stage 1 has one
+    buffer_tokens: int = 32          # learned tokens in front of a bidirectional decoder; a causal one has one
     init: str = "paper"              # or "narrow", see `init_weights`
 
     def __post_init__(self):
@@ -321,7 +321,7 @@ class Tokenizer(nn.Module):
         nn.init.trunc_normal_(self.quantizer.codebook, std=0.02 if config.init == "paper" else 0.5)
 
     def forward(self, images):
-        """What training needs: picture, strip (None after the swap), quantizer loss, tokens."""
+        """What training needs: picture, strip (None without causal decoder or prefix), quantizer loss, tokens."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.quantizer.codebook.requires_grad):
             z, tokens, quantizer_loss = self.quantizer(self.encoder(images))
         image, strip = self.decoder(z)

@@ -43,8 +43,8 @@ def drop_classes(classes, keys, probability, seed, null):
 
 @torch.no_grad()
 def evaluate(model, cache, keys, args, device, rank, ranks):
-    """Loss in nats a token and share of tokens guessed right over images of a cache: on the whole, and of the
-    prefix, the first row and the rest; bits an image. -> {name: number}"""
+    """Judge the model on the images at `keys`, (epoch, index), of a cache. -> {"loss": nats a token, "accuracy": share of tokens that
+    are the likeliest, both also with _prefix, _first_row and _rest for those parts alone, "bits_per_image"}"""
     model.eval()
     N, P, g = model.config.num_tokens, model.config.prefix_tokens, model.config.grid
     sums = torch.zeros(2, N, dtype=torch.double)
@@ -56,9 +56,9 @@ def evaluate(model, cache, keys, args, device, rank, ranks):
     model.train()
     means = torch.tensor(data.over_ranks(sums.flatten().tolist())).view(2, N) / len(keys)
     if not means.isfinite().all():
-        raise InputError("the validation loss is not finite any more: training has diverged; start anew with a lower --lr")
+        raise InputError("the loss on whole images is not finite any more: training has diverged; start anew with a lower --lr")
     parts = {"": slice(N), "_prefix": slice(P), "_first_row": slice(P, P + g), "_rest": slice(P + g, N)}
-    return {"bits_image": means[0].sum().item() / math.log(2),
+    return {"bits_per_image": means[0].sum().item() / math.log(2),
             **{f"{name}{part}": values[where].mean().item() for name, values in zip(("loss", "accuracy"), means)
                for part, where in parts.items() if len(values[where])}}
 
@@ -125,7 +125,7 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions
     update = Update(model, args, device, rank, ranks)
     state = data.load_state(path, "ar") if args.resume else None
     if state:
-        check_resumed(path, {**state["args"], **state["config"], "tokenizer": state["tokenizer"]},
+        check_resumed(path, {**state["args"], **asdict(ARConfig(**state["config"])), "tokenizer": state["tokenizer"]},
                       argparse.Namespace(**{**vars(args), **asdict(config), "tokenizer": fingerprint}),
                       FIXED + ["class_dropout", "tokenizer"] + list(asdict(config)))
         model.load_state_dict(state["model"])
@@ -215,15 +215,19 @@ def main():
     if not args.resume and not args.benchmark:
         for name in ("ar_state.pt", "ar.pt"):
             refuse_overwrite(f"{args.out}/{name}")
-    shape = {**PRESETS[args.preset], **{name: getattr(args, name) for name in ("width", "depth", "dropout")
-                                        if getattr(args, name) is not None}}
-    shape["heads"] = shape["width"] * shape["heads"] // PRESETS[args.preset]["width"]
+    preset = PRESETS[args.preset]
+    settings = {**preset, **{name: getattr(args, name) for name in ("width", "depth", "dropout") if getattr(args, name) is not None}}
+    head_dim = preset["width"] // preset["heads"]
+    if settings["width"] < 1 or settings["width"] % head_dim or settings["depth"] < 1:
+        raise InputError(f"--width is a multiple of {head_dim}, the size of a head, and --depth at least 1, "
+                         f"found {settings['width']} and {settings['depth']}")
+    settings["heads"] = settings["width"] // head_dim
     if args.benchmark:
-        return benchmark(ARConfig(**shape), args, device)
+        return benchmark(ARConfig(**settings), args, device)
     tokenizer = load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device)
     train_set, val_set = data.open_data(args.data, args.val_data, tokenizer.config.image_size, args.seed, args.skip_bad_images,
                                         args.num_pictures, args.ten_crop)
-    config = ARConfig(num_classes=len(train_set.classes), **shape,
+    config = ARConfig(num_classes=len(train_set.classes), **settings,
                       **{name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix")})
     cache = args.cache or f"{args.out}/tokens"
     train_cache = data.open_cache(f"{cache}/train", train_set, tokenizer, device, args.workers)

@@ -104,14 +104,15 @@ def add_run_arguments(parser):
     parser.add_argument("--resume", action="store_true", help="go on from the training state in --out")
     parser.add_argument("--batch-size", type=int, help="images a step, over all ranks")
     parser.add_argument("--accum", type=int, default=1, help="micro-batches a step")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--lr", type=float, help="peak learning rate (of the tokenizer's first phase; the others scale with it)")
     parser.add_argument("--warmup", type=int, help="steps of linear warmup")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-pictures", type=int, default=50_000, help="size of the built-in training set")
     parser.add_argument("--workers", type=int, help="reading processes a rank (default: 8 with a GPU, else 0)")
     parser.add_argument("--eval-every", type=int, default=500, help="steps between evaluations")
-    parser.add_argument("--eval-images", type=int, default=256, help="validation pictures an evaluation looks at")
+    parser.add_argument("--eval-images", type=int, default=256, help="validation pictures an evaluation looks at (of the AR "
+                        "model: as many training pictures, too)")
     parser.add_argument("--eval-fid", action="store_true", help="also log fid.py's metrics over --eval-images pictures")
     parser.add_argument("--inception", metavar="PATH", help="for --eval-fid: weights (default: downloaded once) or 'random'")
     parser.add_argument("--save-every", type=int, default=500, help="steps between saves, and the most that a kill can cost")
@@ -455,7 +456,7 @@ class Stage:
         self.wrapped = {name: wrap(net, ranks, device) for name, net in nets.items()}
 
     def operations(self):
-        """Of a training step, for one image: those of the tokenizer's blocks, attention and the networks that judge left out."""
+        """Of the tokenizer's training step, for one image: those of its blocks; attention and the networks that judge left out."""
         model, N = self.model, self.model.config.num_tokens
         encoder, decoder = (sum(p.numel() for p in net.blocks.parameters()) for net in (model.encoder, model.decoder))
         return ((6 if self.number == 1 else 2) * encoder * (N + len(model.encoder.patch_positions)) +
@@ -525,8 +526,8 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
     stage = Stage(number, model, args, vision, device, ranks)
     state = data.load_state(path, "tokenizer") if args.resume else None
     if state:
-        check_resumed(path, {**state["args"], **state["config"]}, argparse.Namespace(**{**vars(args), **asdict(config)}),
-                      FIXED + ["recipe", "perceptual"] + list(asdict(config)))
+        check_resumed(path, {**state["args"], **asdict(TokenizerConfig(**state["config"]))},
+                      argparse.Namespace(**{**vars(args), **asdict(config)}), FIXED + ["recipe", "perceptual"] + list(asdict(config)))
         model.load_state_dict(state["model"])
         stage.load(state)
         start = state["step"]
@@ -555,7 +556,7 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
                 values["psnr"] = -10 * math.log10(max(losses["mse"], 1e-10))
             shown = {name: f"{values[key]:.4g}" for name, key in (("loss", "loss"), ("psnr", "psnr")) if key in values}
             progress.set_postfix(**shown, use=f"{values['codebook_use']:.0%}", **({"skipped": skipped} if skipped else {}),
-                                 **speed.show())
+                                 **{name: value for name, value in speed.show().items() if name != "mfu" or not phase.gan})
             progress.set_description(f"{run}, {phase.name}")
             log.write(done, phase=phase.name, **values, lr=lr, skipped=skipped)
         if done % args.eval_every == 0 or done == steps:
@@ -599,11 +600,12 @@ def main():
     parser.add_argument("--vision-weights", metavar="FOLDER", help="with the weights of the networks behind the perceptual losses "
                         "(default: downloaded once), or 'random' for trials")
     parser.add_argument("--no-perceptual", action="store_true", help="do without ConvNeXt and LPIPS losses")
-    for name in ("encoder", "decoder"):
-        parser.add_argument("--" + name, choices=["bidirectional", "causal"], help=f"in place of the preset's {name}, in stage 1")
+    for name, note in (("encoder", ""), ("decoder", "; of stage 1: bidirectional makes an ordinary tokenizer, for comparison")):
+        parser.add_argument("--" + name, choices=["bidirectional", "causal"], help=f"in place of the preset's {name}{note}")
     for name in ("image_size", "patch_size", "codebook_size"):
         parser.add_argument("--" + name.replace("_", "-"), type=int, help=f"in place of the preset's {name.replace('_', ' ')}")
-    parser.add_argument("--no-prefix", dest="prefix", action="store_false", default=None, help="do without prefix tokens")
+    parser.add_argument("--no-prefix", dest="prefix", action="store_false", default=None,
+                        help="do without prefix tokens and strip, for comparison")
     add_run_arguments(parser)
     args = parser.parse_args()
 

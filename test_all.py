@@ -1272,6 +1272,7 @@ def test_shapes_table(tmp_path, capsys):
     right, wrong, ceiling = (float(cell.split()[0]) for cell in rows["samples shape"])
     assert right > 0.6 > 0.2 > wrong and ceiling > 0.6
     near, far, _ = (float(cell.split()[0]) for cell in rows["samples Frechet distance"])
+    assert command(fid, names[2], "--png", tmp_path / "b.png")[0] == 2                         # which goes with --shapes
     assert 3 * near < far and Image.open(tmp_path / "a.png").size == (16 * 18 + 2, 3 * 18 + 2)
 
 
@@ -1376,8 +1377,7 @@ def bad(tmp_path_factory, trained):
     ("train_tokenizer", "--seed -1", "--seed is at least 0"),
     ("train_ar", "--width 100", "--width is a multiple of 32, the size of a head, and --depth at least 1, found 100 and 6"),
     ("train_ar", "--depth 0", "found 160 and 0"),
-    ("fid", "{tmp}/a.npz --png {tmp}/a.png", "--png goes with --shapes alone"),
-    ("train_tokenizer", "--encoder sideways", "argument --encoder: invalid choice: 'sideways'"),
+    ("train_tokenizer", "--encoder sideways", "encoder is bidirectional or causal, found 'sideways'"),
     ("train_tokenizer", "--stage 2", "no such checkpoint: {out}/tokenizer_stage1.pt"),
     ("train_tokenizer", "--device cuda", "device cuda is not available here"),
     ("train_tokenizer", "--out {trained}", "tokenizer_stage1.pt is there already: --resume"),

@@ -601,7 +601,7 @@ def main():
                         "(default: downloaded once), or 'random' for trials")
     parser.add_argument("--no-perceptual", action="store_true", help="do without ConvNeXt and LPIPS losses")
     for name, note in (("encoder", ""), ("decoder", "; of stage 1: bidirectional makes an ordinary tokenizer, for comparison")):
-        parser.add_argument("--" + name, choices=["bidirectional", "causal"], help=f"in place of the preset's {name}{note}")
+        parser.add_argument("--" + name, help=f"bidirectional or causal, in place of the preset's {name}{note}")
     for name in ("image_size", "patch_size", "codebook_size"):
         parser.add_argument("--" + name.replace("_", "-"), type=int, help=f"in place of the preset's {name.replace('_', ' ')}")
     parser.add_argument("--no-prefix", dest="prefix", action="store_false", default=None,

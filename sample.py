@@ -173,7 +173,7 @@ def complete(model, tokenizer, causal, ids, args, device):
     a picture: the original, what is kept of it (as the causal decoder paints it), and --n completions."""
     config = tokenizer.config
     originals = read_pictures(args.image, config.image_size, args.num_images).to(device)
-    tokens = torch.cat([tokenizer.encode(part) for part in originals.split(args.batch_size)])
+    tokens = tokenizer.encode(originals)
     kept = round(args.keep * config.num_tokens)
     label = ids[0] if ids else model.config.num_classes
     if not ids:

@@ -1262,7 +1262,7 @@ def test_shapes_table(tmp_path, capsys):
         os.makedirs(tmp_path / name)
         pictures = [data.draw_shape(0, "train", first + k, 16)[0] ^ flip for k in range(1000)]
         np.savez(tmp_path / name / "samples.npz", arr_0=np.stack(pictures))
-        write_log(tmp_path / name / "log.jsonl", val_psnr=int(name == "a-1"))
+        data.Log(str(tmp_path / name / "log.jsonl"), "tokenizer stage 1", 0).write(1, val_psnr=int(name == "a-1"))
     names = [tmp_path / name for name in ("a-0", "a-1", "b/samples.npz")]
     fid.judge_shapes([str(name) for name in names], tmp_path / "a.png", steps=200)
     out = capsys.readouterr().out
@@ -1274,11 +1274,6 @@ def test_shapes_table(tmp_path, capsys):
     near, far, _ = (float(cell.split()[0]) for cell in rows["samples Frechet distance"])
     assert command(fid, names[2], "--png", tmp_path / "b.png")[0] == 2                         # which goes with --shapes
     assert 3 * near < far and Image.open(tmp_path / "a.png").size == (16 * 18 + 2, 3 * 18 + 2)
-
-
-def write_log(path, **values):
-    log = data.Log(str(path), "tokenizer stage 1", 0)
-    log.write(1, **values)
 
 
 def test_shape_classifier_knows_right_from_wrong():

@@ -148,7 +148,6 @@ def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions
     speed = data.Speed(6 * matrices * config.num_tokens, device, args.dtype)              # attention left out
     model.train()
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run, disable=rank > 0)
-    speed.restart()
     for step in progress:
         parts = list(itertools.islice(keys, args.accum))
         losses, lr = update.step(step, [(*train_cache.batch(part, args.seed), part) for part in parts])

@@ -541,7 +541,6 @@ def train_stage(number, model, train, val, args, vision, interruptions, device, 
 
     model.train()
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=run, disable=rank > 0)
-    speed.restart()
     for step in progress:
         phase, lr = stage.step(step, (images for images, _ in itertools.islice(stream, args.accum)))
         speed.seen += args.batch_size

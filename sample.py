@@ -189,9 +189,6 @@ def complete(model, tokenizer, causal, ids, args, device):
         mse = ((a - b)[..., hidden].square().flatten(1).mean(1).clamp_min(1e-10) for a, b in pairs)          # of each picture
         found, best = (-10 * values.log10().mean().item() for values in mse)
         print(f"hidden part, against the original: completions {found:.2f} dB PSNR, reconstruction from all tokens {best:.2f} dB")
-        if len(originals) > 1 and kept >= config.prefix_tokens + config.grid:          # before, the prefix may know the first row
-            changed = tokenizer.encode(originals.roll(1, 0).where(hidden, originals)) != tokens
-            print(f"{changed[:, :kept].float().mean():.1%} of the kept tokens change when the hidden part is another picture's")
     seen = so_far(image, strip, config, kept)[..., -config.image_size:, :config.image_size]
     path = args.png or os.path.join(args.out, "completed.png")
     data.save_grid(path, torch.cat([originals[:, None], seen[:, None], completed], 1).flatten(0, 1), args.n + 2)

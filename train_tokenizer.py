@@ -406,19 +406,25 @@ def hinge_loss(logits):
 
 @torch.no_grad()
 def evaluate(model, val, args, device, rank, ranks, picture):
-    """-> {"val_psnr": mean PSNR in dB over --eval-images validation images, "val_psnr_first_row": of their first row of patches,
-    "val_codes": how many codes occur in them}. Draws eight over their reconstructions. InputError when training has diverged."""
+    """-> over --eval-images validation images {"val_psnr": mean PSNR in dB, "val_psnr_first_row": of their first row of patches,
+    "val_codes": how many codes occur in them, "val_looks_ahead": the share of the upper half's tokens, prefix included, that change
+    when another picture's lower half takes the place of theirs}. Draws eight over their reconstructions. InputError when training
+    has diverged."""
     model.eval()
     keys = [(0, index) for index in data.spread(len(val), args.eval_images)]
-    totals, used, row = [0.0, 0.0], torch.zeros(model.config.codebook_size), model.config.patch_size
+    config, totals = model.config, [0.0, 0.0, 0.0]
+    used, rows = torch.zeros(config.codebook_size), (config.grid + 1) // 2
+    upper_tokens, upper_pixels = config.prefix_tokens + rows * config.grid, rows * config.patch_size
     for images, _ in data.batches(val, [keys[at:at + 32] for at in range(rank * 32, len(keys), ranks * 32)]):
         images = data.to_float(images, device)
         tokens = model.encode(images)
         used[tokens.unique().cpu()] = 1
         painted = model.decode(tokens)
-        for k, rows in enumerate((slice(None), slice(row))):
-            totals[k] += psnr(painted[:, :, rows], images[:, :, rows]).sum().item()
-    whole, first_row = (total / len(keys) for total in data.over_ranks(totals))
+        for k, part in enumerate((slice(None), slice(config.patch_size))):
+            totals[k] += psnr(painted[:, :, part], images[:, :, part]).sum().item()
+        others = torch.cat([images[:, :, :upper_pixels], images.roll(len(images) // 2, 0)[:, :, upper_pixels:]], 2)
+        totals[2] += (model.encode(others) != tokens)[:, :upper_tokens].float().mean(1).sum().item()
+    whole, first_row, ahead = (total / len(keys) for total in data.over_ranks(totals))
     if not math.isfinite(whole):
         raise InputError("validation PSNR is not finite any more: training has diverged; start anew with a lower --lr")
     if rank == 0:
@@ -427,7 +433,7 @@ def evaluate(model, val, args, device, rank, ranks, picture):
         images = data.to_float(torch.stack([val.read(0, index)[0] for index in shown]), device)
         data.save_grid(picture, torch.cat([images, model.decode(model.encode(images))]), len(images))
     model.train()
-    return {"val_psnr": whole, "val_psnr_first_row": first_row,
+    return {"val_psnr": whole, "val_psnr_first_row": first_row, "val_looks_ahead": ahead,
             "val_codes": int(sum(count > 0 for count in data.over_ranks(used.tolist())))}
 
 

@@ -360,6 +360,9 @@ def check(args):
     for flag, path, suffix in (("png", args.png, ".png"), ("paint", args.paint, ".gif"), ("npz", args.npz, ".npz")):
         if path and not path.lower().endswith(suffix):
             raise InputError(f"--{flag} names a {suffix} file, found {path}")
+    if args.keep is not None and not args.image:
+        raise InputError("--keep goes with --image")
+    args.keep = 0.5 if args.keep is None else args.keep
     if args.image and len(args.classes) > 1 or not 0 <= args.keep <= 1:
         raise InputError(f"--image takes one --class at most and --keep from 0 to 1, found {len(args.classes)} and {args.keep}")
     for name, least in LEAST.items():
@@ -384,7 +387,7 @@ def main():
     what.add_argument("--benchmark", metavar="MODEL", help="time the AR model of a file, or a preset with random weights: "
                       f"{', '.join(PRESETS)}")
     what.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py and ADM's evaluator")
-    parser.add_argument("--keep", type=float, default=0.5, help="with --image: share of its tokens to keep")
+    parser.add_argument("--keep", type=float, help="with --image: share of its tokens to keep (0.5)")
     parser.add_argument("--num-images", type=int, help="pictures in the .npz, over all classes (default: 50,000); rows of --image (8)")
     parser.add_argument("-n", "--n", type=int, default=16, help="pictures of each class, completions of --image, pictures to --reconstruct; "
                         "torchrun lets only -n through")

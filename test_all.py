@@ -1407,6 +1407,7 @@ def bad(tmp_path_factory, trained):
     ("sample", "--out {trained} --image {tmp}/nowhere.png", "no such image or folder: {tmp}/nowhere.png"),
     ("sample", "--out {trained} --image {tmp}/zero/cat/7.jpg", "7.jpg is not a readable image"),
     ("sample", "--out {trained} --image {tmp}/flat/1.jpg --keep 1.5", "--keep from 0 to 1, found 0 and 1.5"),
+    ("sample", "--out {trained} --class 3 --keep 0.5", "--keep goes with --image"),
     ("sample", "--out {trained} --reconstruct {tmp}/empty", "no images in {tmp}/empty"),
     ("sample", "--out {tmp} --tokenizer {tmp}/tokenizer2.pt --reconstruct {tmp}/broken", "7.jpg is not a readable image"),
     ("sample", "--class 1 --temperature -1 --out {trained}", "--temperature is at least 0, found -1.0"),

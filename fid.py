@@ -574,7 +574,7 @@ def judge_shapes(paths, png=None, steps=800):
         values = {**(last_evaluations(path) if os.path.isdir(path) else {}), **shares,
                   "samples Frechet distance": frechet_distance(*reference, *found)}
         name = re.sub(r"-\d+$", "", os.path.normpath(path)) if os.path.isdir(path) else path
-        shown.setdefault(name, images[[k * len(images) // 16 for k in range(16)]])
+        shown.setdefault(name, images[[k * len(images) // 16 for k in range(16)]])           # 16, to fill its row, also of fewer
         for what, value in values.items():
             columns.setdefault(name, {}).setdefault(what, []).append(value)
     if png:

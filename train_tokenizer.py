@@ -422,6 +422,7 @@ def evaluate(model, val, args, device, rank, ranks, picture):
         painted = model.decode(tokens)
         for k, part in enumerate((slice(None), slice(config.patch_size))):
             totals[k] += psnr(painted[:, :, part], images[:, :, part]).sum().item()
+        # a picture alone in its batch has no other and counts as unchanged
         others = torch.cat([images[:, :, :upper_pixels], images.roll(len(images) // 2, 0)[:, :, upper_pixels:]], 2)
         totals[2] += (model.encode(others) != tokens)[:, :upper_tokens].float().mean(1).sum().item()
     whole, first_row, ahead = (total / len(keys) for total in data.over_ranks(totals))

@@ -2,24 +2,23 @@
 
 Notable:
 - Row t of the output is the distribution of token t; the sequence is [class, token 0 ... token N-1].
-- Rotary positions in one dimension for the prefix and in two (half a head each) for the image.
-- `generate` writes keys and values into a cache of fixed size and paints conditional and null halves in one batch.
-- Sampling inverts the cumulative distribution at one uniform number a token, so an image's randomness is N numbers that
-  `image_uniforms` derives from (seed, image) alone.
+- Rotary positions have one dimension for the prefix and two (half a head each) for the image.
+- `generate` writes keys and values into caches of fixed size and paints conditional and null halves in one batch.
+- Sampling inverts the cumulative distribution at one uniform number a token, so an image's randomness is N numbers
+  that `image_uniforms` derives from (seed, image) alone.
 
 Letters in shapes: B images, T tokens so far, N tokens an image, V codes, H heads of D numbers, C = H * D.
 """
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from data import InputError, fill, generator, load_checkpoint
+from data import InputError, generation_order, generator, load_checkpoint, load_weights
 
 
 @dataclass
@@ -38,9 +37,8 @@ class ARConfig:
 
     def __post_init__(self):
         if self.width % self.heads or self.width // self.heads % 4:
-            raise InputError(f"a width of {self.width} over {self.heads} heads gives no head dimension that is a multiple of 4")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout is at least 0 and below 1, found {self.dropout}")
+            raise InputError(f"a width of {self.width} over {self.heads} heads gives no head dimension that is a "
+                             "multiple of 4")
 
     @property
     def num_tokens(self):
@@ -53,27 +51,28 @@ class ARConfig:
 
 PRESETS = {
     "tiny": dict(width=160, depth=6, heads=5, dropout=0.0, cfg_scale=2.0, cfg_power=0.5),      # ours
-    "B": dict(width=768, depth=24, heads=16, cfg_scale=16.0, cfg_power=1.8),
-    "L": dict(width=1024, depth=24, heads=16, cfg_scale=6.0, cfg_power=0.7),
-    "XL": dict(width=1280, depth=32, heads=16, cfg_scale=13.0, cfg_power=1.4),
+    "B": dict(width=768, depth=24, heads=16, dropout=0.1, cfg_scale=16.0, cfg_power=1.8),
+    "L": dict(width=1024, depth=24, heads=16, dropout=0.1, cfg_scale=6.0, cfg_power=0.7),
+    "XL": dict(width=1280, depth=32, heads=16, dropout=0.1, cfg_scale=13.0, cfg_power=1.4),
 }
 
 
 # -----------------------------------------------------------------------------
 # Rotary positions
 
-def rotary_table(grid, prefix, head_dim):
+def rotary_table(grid, prefix_tokens, head_dim):
     """cos and sin of every position's angles, (2, 1 + N, D/2), for [class, prefix, image].
 
-    Class: zeros, so its query and key vanish (released weights rely on it). Prefix token k: position k over the whole head.
-    Image token (r, c): the first half of the head turns by P + r, the second by P + c, P = `prefix` tokens.
+    Class: zeros, so its query and key vanish (released weights rely on it). Prefix token k: position k over the whole
+    head. Image token at (row, column): the first half of the head turns by P + row, the second by P + column.
     """
     def angles(positions, dim):
         return positions[:, None] / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
-    rows, columns = prefix + torch.arange(grid ** 2) // grid, prefix + torch.arange(grid ** 2) % grid
+    order = generation_order(grid)
+    rows, columns = prefix_tokens + order // grid, prefix_tokens + order % grid
     image = torch.cat([angles(rows, head_dim // 2), angles(columns, head_dim // 2)], 1)
-    theta = torch.cat([angles(torch.arange(prefix), head_dim), image])
+    theta = torch.cat([angles(torch.arange(prefix_tokens), head_dim), image])
     table = torch.stack([theta.cos(), theta.sin()])
     return torch.cat([torch.zeros_like(table[:, :1]), table], 1).float()
 
@@ -100,25 +99,27 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x, table, cache=None, at=0):
-        """x (B, T, C). With a cache (2, B, H, 1 + N, D), x is the single position `at` and sees the ones before it.
+        """x (B, T, C). With a cache, keys and values (B, H, 1 + N, D), x is position `at` and sees those before it.
 
-        at: an int, for which the cache is read as far as it is filled, or a tensor (1,), for which every shape stays the same
-        and one compiled step, or one CUDA graph, serves all positions.
+        at: an int, for which the cache is read as far as it is filled; or a tensor (1,), for which every shape stays
+        the same, so that one compiled step, or one CUDA graph, serves all positions.
         """
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)        # (B, H, T, D) each
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)      # (B, H, T, D) each
         q, k = rotate(self.q_norm(q.float()), table), rotate(self.k_norm(k.float()), table)
         mask = None
         if cache is not None and isinstance(at, int):
-            cache[0, :, :, at:at + 1], cache[1, :, :, at:at + 1] = k, v
-            k, v = cache[0, :, :, :at + 1], cache[1, :, :, :at + 1]
+            for cached, new in zip(cache, (k, v)):
+                cached[:, :, at:at + 1] = new
+            k, v = cache[0][:, :, :at + 1], cache[1][:, :, :at + 1]
         elif cache is not None:
-            k, v = (part.index_copy_(2, at, new.to(part.dtype)) for part, new in zip(cache, (k, v)))
-            mask = (torch.arange(k.shape[2], device=k.device) <= at)[None]                   # (1, 1 + N)
-        dtype = torch.float32 if v.device.type == "cpu" and v.requires_grad else v.dtype   # CPUs are slow at its bfloat16 gradient
+            k, v = (cached.index_copy_(2, at, new.to(cached.dtype)) for cached, new in zip(cache, (k, v)))
+            mask = (torch.arange(k.shape[2], device=k.device) <= at)[None]                           # (1, 1 + N)
+        # The bfloat16 gradient of attention is slow on CPUs.
+        dtype = torch.float32 if v.device.type == "cpu" and v.requires_grad else v.dtype
+        dropout = self.dropout if self.training else 0.0
         with torch.autocast(v.device.type, enabled=False):
-            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, is_causal=cache is None,
-                                               dropout_p=self.dropout if self.training else 0.0)
+            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, dropout, cache is None)
         return self.proj(x.transpose(1, 2).reshape(B, T, C))
 
 
@@ -154,7 +155,7 @@ class Block(nn.Module):
 
 class ARModel(nn.Module):
     """Classes are (B,) int64; `num_classes` is the null class of classifier-free guidance. Tokens are (B, T) int64."""
-    recompute = False            # save memory in training: compute what happens inside a block again in the backward pass
+    caches = None                # keys and values of every block, kept for the next batch of the same size
 
     def __init__(self, config):
         super().__init__()
@@ -165,7 +166,8 @@ class ARModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.output = nn.Linear(config.width, config.codebook_size)
-        self.register_buffer("table", rotary_table(config.grid, config.prefix_tokens, config.width // config.heads), persistent=False)
+        table = rotary_table(config.grid, config.prefix_tokens, config.width // config.heads)
+        self.register_buffer("table", table, persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -177,20 +179,22 @@ class ARModel(nn.Module):
         """Tokens (B, T), T <= N, and classes (B,) -> logits (B, T + 1, V); row t is the distribution of token t."""
         if tokens.shape[1] > self.config.num_tokens:
             raise ValueError(f"{tokens.shape[1]} tokens are more than the {self.config.num_tokens} of an image")
-        sequence = torch.cat([self.config.codebook_size + 1 + classes[:, None], tokens], 1)            # (B, 1 + T)
-        x = self.drop(self.embeddings(sequence))
+        rows = torch.cat([self.config.codebook_size + 1 + classes[:, None], tokens], 1)
+        x = self.drop(self.embeddings(rows))                                                         # (B, 1 + T, C)
         table = self.table[:, :x.shape[1]]
         for block in self.blocks:
-            x = (checkpoint(block, x, table, use_reentrant=False) if self.recompute and torch.is_grad_enabled()
-                 else block(x, table))
+            x = block(x, table)
         return self.output(self.norm(x))
 
-    def halve(self):
+    def to_bfloat16(self):
         """Make the blocks' matrices bfloat16, half of what a step of sampling has to read; for use under autocast."""
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 module.bfloat16()
+        self.caches = None
         return self
+
+    # What follows paints.
 
     def step(self, ids, at, caches):
         """One position of the sequence: embedding rows `ids` (B,) at place `at` -> logits (B, V). Fills the caches."""
@@ -201,27 +205,38 @@ class ARModel(nn.Module):
         with torch.autocast(x.device.type, enabled=False):        # guidance would magnify bfloat16's rounding
             return self.output(self.norm(x.float()))[:, 0]
 
-    def next_tokens(self, ids, at, caches, uniforms, strength, temperature, top_k, top_p):
-        """Like `step`, and the tokens drawn: (B,), or (B/2,) from the conditional and null halves where strength is given."""
+    def next_tokens(self, ids, at, caches, uniforms, strength, *sampling):
+        """Like `step`, and the tokens drawn: (B,), or (B/2,) from conditional and null halves where strength is given."""
         logits = self.step(ids, at, caches)
         if strength is not None:
             conditional, null = logits.chunk(2)
             logits = null + strength * (conditional - null)
-        return sample_tokens(logits, uniforms, temperature, top_k, top_p)
+        return sample_tokens(logits, uniforms, *sampling)
 
     @functools.cached_property
     def compiled_next_tokens(self):
         return torch.compile(self.next_tokens, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
+    def caches_for(self, rows):
+        """A list of (keys, values), one a block, (rows, H, 1 + N, D) each, in the dtype of the blocks.
+
+        They are kept between batches of one size: CUDA graphs would record again at a new address.
+        """
+        c, weight = self.config, self.blocks[0].attn.qkv.weight
+        shape = (rows, c.heads, 1 + c.num_tokens, c.width // c.heads)
+        if self.caches is None or self.caches[0][0].shape != shape:
+            self.caches = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.blocks]
+        return self.caches
+
     @torch.no_grad()
-    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None, top_p=None, kept=None,
-                 compiled=False):
+    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None, top_p=None,
+                 kept=None, compiled=False):
         """Paint classes (B,) int64 -> tokens (B, N) int64. kept: tokens (B, K) to go on from, by default none.
 
         uniforms: (B, N) numbers in [0, 1) that decide every choice, see `image_uniforms`; by default torch's generator
-        draws them. cfg_scale 1 does without guidance and at half the work; None takes the scale and power of the config.
-        compiled: by one compiled step, on a GPU one CUDA graph; for batches of a size that comes again. Nothing in the loop
-        waits for the device.
+        draws them. cfg_scale 1 does without guidance and at half the work; None takes scale and power of the config.
+        compiled: by one compiled step, on a GPU one CUDA graph; for batches of a size that comes again. Nothing in the
+        loop waits for the device.
         """
         config, device, B, N = self.config, self.table.device, len(classes), self.config.num_tokens
         cfg_scale = config.cfg_scale if cfg_scale is None else cfg_scale
@@ -229,22 +244,22 @@ class ARModel(nn.Module):
         if uniforms is None:
             uniforms = torch.rand(B, N, dtype=torch.float64)
         uniforms = uniforms.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
-        ids = config.codebook_size + 1 + classes.to(device)
-        strengths = [None] * N
+        ids, strengths = classes.to(device), [None] * N
         if cfg_scale != 1:
-            ids = torch.cat([ids, torch.full_like(ids, config.codebook_size + 1 + config.num_classes)])
+            ids = torch.cat([ids, torch.full_like(ids, config.num_classes)])
             strengths = torch.tensor([guidance(t, N, cfg_scale, cfg_power) for t in range(N)], device=device)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.output.weight.dtype
-        caches = torch.zeros(config.depth, 2, len(ids), config.heads, 1 + N, config.width // config.heads, device=device, dtype=dtype)
-        tokens = torch.empty(B, N, dtype=torch.long, device=device)
-        places, next_tokens = torch.arange(N, device=device), self.compiled_next_tokens if compiled else self.next_tokens
+        ids = config.codebook_size + 1 + ids
+        caches, next_tokens, places = self.caches_for(len(ids)), self.next_tokens, range(N)
         if compiled:
-            torch._dynamo.mark_static_address(caches)             # a CUDA graph then writes to it in place
+            next_tokens, places = self.compiled_next_tokens, torch.arange(N, device=device).split(1)
+            for cached in sum(caches, ()):
+                torch._dynamo.mark_static_address(cached)         # a CUDA graph then writes to it in place
+        tokens = torch.empty(B, N, dtype=torch.long, device=device)
         for t in range(N):
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()
-            found = next_tokens(ids, places[t:t + 1] if compiled else t, caches, uniforms[:, t], strengths[t], temperature, top_k, top_p)
-            tokens[:, t] = kept[:, t] if kept is not None and t < kept.shape[1] else found
+            drawn = next_tokens(ids, places[t], caches, uniforms[:, t], strengths[t], temperature, top_k, top_p)
+            tokens[:, t] = kept[:, t] if kept is not None and t < kept.shape[1] else drawn
             ids = tokens[:, t].repeat(1 if cfg_scale == 1 else 2)
         return tokens
 
@@ -258,7 +273,7 @@ def guidance(t, num_tokens, scale, power):
 
 
 def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
-    """Logits (B, V) and uniforms (B,) in [0, 1) -> tokens (B,): the first whose cumulative probability exceeds the uniform.
+    """Logits (B, V), uniforms (B,) in [0, 1) -> tokens (B,): the first whose cumulative probability exceeds the uniform.
 
     temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p.
     """
@@ -274,8 +289,8 @@ def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
         beyond[:, 0] = False
         probabilities = probabilities.where(~beyond.scatter(-1, order, beyond), 0)
     cumulative = probabilities.cumsum(-1)
-    found = torch.searchsorted(cumulative, (uniforms[:, None] * cumulative[:, -1:]).contiguous(), right=True)
-    return found[:, 0].clamp_max(logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, (uniforms[:, None] * cumulative[:, -1:]).contiguous(), right=True)
+    return tokens[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 def image_uniforms(seed, images, num_tokens):
@@ -289,30 +304,31 @@ def image_uniforms(seed, images, num_tokens):
 def from_released(state):
     """A released state dict (alitok_{b,l,xl}.bin), whose names are ours -> a checkpoint of ours. None if it is none."""
     needed = ("output.weight", "embeddings.weight", "blocks.0.attn.q_norm.weight")
-    if not any(name in state for name in needed):
+    missing = [name for name in needed if name not in state]
+    if len(missing) == len(needed):
         return None
-    if not all(name in state for name in needed):
-        raise InputError(f"this released AR model is not whole: {', '.join(n for n in needed if n not in state)} is missing")
+    if missing:
+        raise InputError(f"this released AR model is not whole: {', '.join(missing)} is missing")
     output, rows, q_norm = (state[name] for name in needed)
     codes, width = output.shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    preset = next((p for p in PRESETS.values() if (p["width"], p["depth"]) == (width, depth)), {})
-    config = ARConfig(codebook_size=codes, num_classes=len(rows) - codes - 2, width=width, depth=depth,
-                      heads=width // len(q_norm), cfg_scale=preset.get("cfg_scale", 1.0), cfg_power=preset.get("cfg_power", 1.0))
-    return {"config": asdict(config), "model": state, "classes": None, "tokenizer": None}
+    presets = [preset for preset in PRESETS.values() if (preset["width"], preset["depth"]) == (width, depth)]
+    config = dict(presets[0] if presets else dict(cfg_scale=1.0, cfg_power=1.0), codebook_size=codes,
+                  num_classes=len(rows) - codes - 2, width=width, depth=depth, heads=width // len(q_norm))
+    return {"config": config, "model": state, "classes": None, "tokenizer": None}
 
 
 def load_ar(path, device="cpu", grid=None):
     """The AR model of a file that train_ar.py wrote, or of a released one, in eval mode. InputError for any other file.
 
-    grid: patches a side of its tokenizer, for released files, which do not tell (16 unless given). Beside the weights the
-    model carries `classes` (names, or None) and `tokenizer` (the fingerprint its tokens belong to, None if unknown).
+    grid: patches a side of its tokenizer, for released files, which do not tell (16 unless given). Beside the weights
+    the model carries `classes` (names, or None) and `tokenizer` (the fingerprint its tokens belong to, or None).
     """
-    checkpoint = load_checkpoint(path, "ar", from_released)
-    config = checkpoint["config"]
-    if checkpoint["tokenizer"] is None and grid:
-        config["grid"] = grid
-    model = ARModel(ARConfig(**config))
-    fill(model, checkpoint["model"], path)
-    model.classes, model.tokenizer = checkpoint["classes"], checkpoint["tokenizer"]
+    saved = load_checkpoint(path, "ar", from_released)
+    config = ARConfig(**saved["config"])
+    if saved["tokenizer"] is None and grid:
+        config.grid = grid
+    model = ARModel(config)
+    load_weights(model, saved["model"], path)
+    model.classes, model.tokenizer = saved["classes"], saved["tokenizer"]
     return model.to(device).eval()

@@ -1,13 +1,11 @@
-"""What goes in and out of a run: pictures, crops, the token cache, the ranks that share them, checkpoints on disk.
+"""What goes in and out of a run. First half: pictures, crops, batches, token cache. Second half: what every run needs.
 
 Notable:
-- A built-in data set, `shapes`, needs no download: 1000 classes of drawn pictures, each a function of (seed, split, index).
-- Every random choice follows from (seed, epoch, index), so workers, ranks and a resumed run all see the same pictures.
-- The token cache is one memory-mapped array; a row that is not written yet is filled with 65535, so that a build can be
-  killed at any moment and goes on where it was.
-- Checkpoints are written aside, synced and renamed, and loading them runs no code.
-
-`python data.py` writes a labelled contact sheet of the built-in pictures.
+- A built-in data set, `shapes`, needs no download: drawn pictures, each a function of (seed, split, index).
+- Every random choice follows from (seed, epoch, index): workers, ranks and a resumed run see the same pictures.
+- The token cache is one memory-mapped array. Rows that are not written yet hold 65535, so a build that was killed
+  goes on where it was.
+- Files are written aside, synced and renamed. Loading them runs no code.
 """
 import argparse
 import contextlib
@@ -18,21 +16,20 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
-import socket
 import sys
 import time
 import traceback
-import zipfile
+import warnings
 import zlib
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -40,76 +37,30 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message says what was found and what to do."""
 
 
-class Stopped(Exception):
-    """A run that was asked to stop has saved its state and does so. `signal` is what asked."""
-
-    def __init__(self, number, where):
-        super().__init__(f"stopped by {signal.Signals(number).name} at {where}")
-        self.signal = number
-
-
-def run(main):
-    """Call main() as a command. Exit codes: 2 for an InputError, one line on stderr; 1 for what the system refuses (a full
-    disk), likewise; 128 + the signal's number for a run that was stopped, 130 for Ctrl-C; 1 with a traceback for a mistake of ours.
-    """
-    code, said = 0, None
-    try:
-        main()
-    except InputError as error:
-        code, said = 2, f"error: {error}"
-    except Stopped as stop:
-        code, said = 128 + stop.signal, str(stop)
-    except OSError as error:
-        code, said = 1, f"error: {error}"
-    except KeyboardInterrupt:
-        code = 130
-    except Exception:
-        if not dist.is_initialized():
-            raise
-        code, said = 1, traceback.format_exc()
-    rank, ranks = rank_and_count()
-    if said and (rank == 0 or code < 128):
-        print((f"rank {rank}: " if ranks > 1 else "") + said, file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        if not code:
-            barrier()
-            time.sleep(0.5)                   # a rank that leaves at once can cut off what another has yet to read of this
-        sys.stdout.flush()
-        os._exit(code)                        # others may wait for a rank that failed; and gloo's threads may abort a usual end
-    if code:
-        sys.exit(code)
-
-
 def generator(stream, *ids):
     """A numpy Generator that follows from the name of its use and some non-negative integers alone."""
     return np.random.default_rng([zlib.crc32(stream.encode()), *ids])
 
 
-def key_uniforms(stream, seed, keys):
-    """One number in [0, 1) a key, for many at once: keys (B, 2) of (epoch, index) -> (B,) float64, by splitmix64."""
-    words = np.asarray(keys, np.uint64).T
-    state = np.full(words.shape[1], (zlib.crc32(stream.encode()) << 32) ^ seed, np.uint64)
-    with np.errstate(over="ignore"):          # 64-bit arithmetic that wraps
-        for word in words:
-            state = (state ^ word) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-            state ^= state >> np.uint64(31)
-    return (state >> np.uint64(11)) * 2.0 ** -53
+def generation_order(grid):
+    """The patch of each image token, in the order of generation: (grid * grid,) of row * grid + column.
+
+    Tokenizer, rotary table and film follow this one function.
+    """
+    return torch.arange(grid ** 2)
 
 
 # -----------------------------------------------------------------------------
-# Built-in pictures: class = 100 * shape + 10 * colour + background
+# Built-in pictures. The digits of a class are shape, colour, background.
 
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "bar", "hourglass"]
-COLOURS = {"red": (214, 40, 40), "orange": (245, 135, 20), "yellow": (250, 215, 50), "green": (40, 150, 60),
-           "cyan": (40, 205, 215), "blue": (40, 80, 215), "purple": (130, 50, 185), "pink": (250, 110, 180),
-           "brown": (125, 75, 35), "white": (250, 250, 250)}
-BACKGROUNDS = {"night": (18, 20, 40), "slate": (95, 105, 120), "fog": (190, 194, 198), "sand": (224, 202, 155),
-               "mint": (170, 226, 192), "sky": (160, 204, 242), "lavender": (202, 182, 236), "rose": (242, 200, 200),
-               "forest": (24, 66, 46), "wine": (88, 22, 48)}
+COLOURS = {"red": "#d62828", "orange": "#f58714", "yellow": "#fad732", "green": "#28963c",
+           "cyan": "#28cdd7", "blue": "#2850d7", "purple": "#8232b9", "pink": "#fa6eb4",
+           "brown": "#7d4b23", "white": "#fafafa"}
+BACKGROUNDS = {"night": "#121428", "slate": "#5f6978", "fog": "#bec2c6", "sand": "#e0ca9b",
+               "mint": "#aae2c0", "sky": "#a0ccf2", "lavender": "#cab6ec", "rose": "#f2c8c8",
+               "forest": "#18422e", "wine": "#581630"}
 SHAPE_CLASSES = [f"{colour} {shape} on {ground}" for shape in SHAPES for colour in COLOURS for ground in BACKGROUNDS]
-PALETTE, GROUNDS = (np.array(list(c.values()), np.float32) / 255 for c in (COLOURS, BACKGROUNDS))
 
 
 def signed_distance(shape, x, y):
@@ -139,51 +90,45 @@ def signed_distance(shape, x, y):
         return np.minimum(np.maximum(abs(u + 0.05), abs(v - 0.05)) - 0.53, discs)
     if shape == "bar":
         return np.maximum(abs(x) - 0.98, abs(y) - 0.3)
-    return np.maximum(abs(y) - 0.85, (abs(x) - 0.12 - 0.7 * abs(y)) / 1.22)            # hourglass
-
-
-@functools.lru_cache
-def pixel_centres(size):
-    return tuple((np.mgrid[0:size, 0:size][::-1] + 0.5).astype(np.float32) / size - 0.5)
+    if shape == "hourglass":
+        return np.maximum(abs(y) - 0.85, (abs(x) - 0.12 - 0.7 * abs(y)) / 1.22)
+    raise ValueError(f"signed_distance does not know the shape {shape!r}")
 
 
 def draw_shape(seed, split, index, size):
-    """Picture `index` of a split of the built-in set: (size, size, 3) uint8 and its class, index % 1000.
+    """Picture `index` of a split of the built-in set: (size, size, 3) uint8, and its class. Classes come in turn.
 
-    Position, size, rotation, tint and shading are random; edges are antialiased by their distance in pixels.
+    Position, size, rotation, tint and shading are random. Edges are antialiased by their distance in pixels.
     """
-    label = index % 1000
+    label = index % len(SHAPE_CLASSES)
+    shape, colour, ground = np.unravel_index(label, (len(SHAPES), len(COLOURS), len(BACKGROUNDS)))
     rng = generator("shapes " + split, seed, index)
-    x, y = pixel_centres(size)
+    y, x = (np.mgrid[0:size, 0:size] + 0.5).astype(np.float32) / size - 0.5
     angle, radius = rng.uniform(-0.3, 0.3), rng.uniform(0.3, 0.4)
     cx, cy = rng.uniform(-0.08, 0.08, 2)
     tints = rng.uniform(-0.03, 0.03, (2, 3)).astype(np.float32)
     lights = rng.uniform(-0.15, 0.15, (2, 2))
     cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
     u, v = (x - cx) * cos + (y - cy) * sin, (y - cy) * cos - (x - cx) * sin
-    cover = np.clip(0.5 - signed_distance(SHAPES[label // 100], u, v) * (radius * size), 0, 1)[..., None]
-    def shaded(colour, tint, light):
-        return (colour + tint).clip(0, 1) * (1 + light[0] * x + light[1] * y)[..., None]
+    cover = np.clip(0.5 - signed_distance(SHAPES[shape], u, v) * (radius * size), 0, 1)[..., None]
 
-    ground, paint = shaded(GROUNDS[label % 10], tints[0], lights[0]), shaded(PALETTE[label // 10 % 10], tints[1], lights[1])
-    return ((ground + (paint - ground) * cover).clip(0, 1) * 255 + 0.5).astype(np.uint8), label
+    def shaded(hue, tint, light):
+        rgb = (np.array(ImageColor.getrgb(hue), np.float32) / 255 + tint).clip(0, 1)
+        return rgb * (1 + light[0] * x + light[1] * y)[..., None]
 
-
-def shape_digits(labels):
-    """Classes (B,) -> (B, 3): shape, colour, background."""
-    return torch.stack([labels // 100, labels // 10 % 10, labels % 10], 1)
+    behind = shaded(list(BACKGROUNDS.values())[ground], tints[0], lights[0])
+    paint = shaded(list(COLOURS.values())[colour], tints[1], lights[1])
+    return ((behind + (paint - behind) * cover).clip(0, 1) * 255 + 0.5).astype(np.uint8), label
 
 
 class Shapes:
     """The built-in pictures as a data set. Every epoch draws new ones; a picture has one crop, itself."""
-    crops = ["whole"]
-    classes = SHAPE_CLASSES
-    name = "shapes"
+    classes, crops = SHAPE_CLASSES, 1
 
-    def __init__(self, split, size, seed, length):
-        self.split, self.size, self.seed, self.length = split, size, seed, length
-        self.labels = np.arange(length) % 1000
-        self.files = f"shapes {seed} {split} {length}"       # what a token cache of this set depends on
+    def __init__(self, split, size, seed=0, length=None):
+        self.split, self.size, self.seed, self.length = split, size, seed, length or len(SHAPE_CLASSES)
+        self.labels = np.arange(self.length) % len(SHAPE_CLASSES)
+        self.files = f"shapes {seed} {split} {self.length}"  # what a token cache of this set depends on
 
     def __len__(self):
         return self.length
@@ -191,7 +136,7 @@ class Shapes:
     def read(self, epoch, index):
         """-> (3, H, W) uint8 tensor, class."""
         image, label = draw_shape(self.seed, self.split, epoch * self.length + index, self.size)
-        return torch.from_numpy(image).permute(2, 0, 1), label
+        return to_tensor(image), label
 
     def read_crops(self, index):
         """-> (crops, 3, H, W) uint8: what the token cache keeps of a picture."""
@@ -204,13 +149,19 @@ class Shapes:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
+def image_files(folder):
+    """Paths of all images in a folder, at any depth, sorted."""
+    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
+                  if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
+
+
 def read_image(path):
     """Any image file as an upright RGB PIL image; 16-bit greys are scaled to 8, transparency goes onto white."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).astype(np.float32) / 257 + 0.5).clip(0, 255).astype(np.uint8))
+                image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -218,180 +169,169 @@ def read_image(path):
                 raise ValueError(f"{image.width}x{image.height} is too long and thin to crop")
             return image.convert("RGB")
     except Exception as error:                # Pillow's decoders raise a dozen kinds for a damaged file
-        raise InputError(f"{path} is not a readable image ({error}); remove or repair it") from None
+        raise InputError(f"{path} is not a readable image ({error}); remove or repair it, or train with "
+                         "--skip-bad-images") from None
+
+
+def to_tensor(pixels):
+    """(H, W, 3) array -> (3, H, W) tensor."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def shrink(image, size):
-    """ADM's resize: halve with a box filter while twice too large, then bicubic until the shorter side is `size`."""
+    """ADM's resize of a PIL image: halve with a box filter while twice too large, then bicubic until the shorter side
+    is `size` -> (H, W, 3) uint8."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    return image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.BICUBIC)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    return np.asarray(image.resize((width, height), Image.BICUBIC))
+
+
+def crop(pixels, top, left, size):
+    return to_tensor(pixels[top:top + size, left:left + size])
 
 
 def centre_crop(image, size):
-    """PIL image -> (size, size, 3) uint8, as ADM prepares ImageNet."""
-    pixels = np.asarray(shrink(image, size))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top:top + size, left:left + size]
+    """PIL image -> (3, size, size) uint8, as ADM prepares ImageNet."""
+    pixels = shrink(image, size)
+    return crop(pixels, (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2, size)
 
 
 def random_crop(image, size, rng):
-    """PIL image -> (size, size, 3) uint8: shorter side to `size`, a random place along the longer one, a random flip."""
-    pixels = np.asarray(shrink(image, size))
-    top, left = rng.integers(pixels.shape[0] - size + 1), rng.integers(pixels.shape[1] - size + 1)
-    pixels = pixels[top:top + size, left:left + size]
-    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
-
-
-CENTRE_CROPS = ["centre", "centre mirrored"]
-TEN_CROPS = [place + mirrored for mirrored in ("", " mirrored")
-             for place in ("top left", "top right", "bottom left", "bottom right", "centre")]
+    """PIL image -> (3, size, size) uint8: shorter side to `size`, a random place along the longer one, a random flip."""
+    pixels = shrink(image, size)
+    cropped = crop(pixels, rng.integers(pixels.shape[0] - size + 1), rng.integers(pixels.shape[1] - size + 1), size)
+    return cropped.flip(-1) if rng.random() < 0.5 else cropped
 
 
 def five_crops(image, size):
-    """PIL image -> list of (size, size, 3) uint8: corners and centre of a centre crop 1.1 times as large (the paper's, mirrored
-    ones aside)."""
+    """PIL image -> (5, 3, size, size) uint8: corners and centre of a centre crop 1.1 times as large, the paper's."""
     wide = int(1.1 * size)
-    pixels, far, middle = centre_crop(image, wide), wide - size, (wide - size) // 2
-    return [pixels[top:top + size, left:left + size]
-            for top, left in ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))]
+    pixels, far, middle = centre_crop(image, wide).permute(1, 2, 0).numpy(), wide - size, (wide - size) // 2
+    corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
+    return torch.stack([crop(pixels, top, left, size) for top, left in corners])
 
 
 class ImageFolder:
     """Images in one sub-folder a class, as in ImageNet (`n01440764/x.JPEG`); sorted folder names give the class ids.
 
-    files: list of (path, class id). Training draws a random crop and flip from (seed, epoch, index), validation the centre.
-    `crops` names what the token cache keeps of a picture: CENTRE_CROPS, or TEN_CROPS if so set.
+    files: list of (path, class id). Training draws a random crop and flip from (seed, epoch, index), validation the
+    centre. The token cache keeps the centre and its mirror image, or ten crops.
     """
-    crops = CENTRE_CROPS
 
-    def __init__(self, name, files, classes, size, seed, training, skip_bad):
-        self.name, self.classes, self.size, self.seed = name, classes, size, seed
-        self.paths = [path for path, _ in files]
-        self.labels = np.array([label for _, label in files])
-        self.training, self.skip_bad, self.told = training, skip_bad, set()
-        listing = "\n".join(f"{os.path.relpath(path, name)} {label}" for path, label in files)
-        self.files = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    def __init__(self, folder, files, classes, size, seed=0, training=False, skip_bad=False, ten_crop=False):
+        self.folder, self.classes, self.size, self.seed = folder, classes, size, seed
+        self.training, self.skip_bad, self.ten_crop = training, skip_bad, ten_crop
+        self.paths, self.labels = [path for path, _ in files], np.array([label for _, label in files])
+        self.crops = 10 if ten_crop else 2
+        listing = "\n".join(f"{os.path.relpath(path, folder)} {label}" for path, label in files)
+        self.files = hashlib.sha256(listing.encode()).hexdigest()[:16]       # what a token cache depends on
 
     def __len__(self):
         return len(self.paths)
 
     def open(self, index):
         """The picture at `index`; with skip_bad, the next readable one of its class stands in for an unreadable one."""
-        try:
-            return read_image(self.paths[index])
-        except InputError as error:
-            if not self.skip_bad:
-                raise InputError(f"{error}, or train with --skip-bad-images") from None
-            if index not in self.told:
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-            self.told.add(index)
-        same = np.flatnonzero(self.labels == self.labels[index])
-        for other in np.roll(same, -np.searchsorted(same, index))[1:]:
-            with contextlib.suppress(InputError):
+        same = np.flatnonzero(self.labels == self.labels[index]) if self.skip_bad else [index]
+        for other in np.roll(same, -np.searchsorted(same, index)):
+            try:
                 return read_image(self.paths[other])
-        raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.name}")
+            except InputError as error:
+                if not self.skip_bad:
+                    raise
+                warnings.warn(f"skipped: {error}", stacklevel=2)             # once a picture
+        raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.folder}")
 
     def read(self, epoch, index):
-        image = self.open(index)
-        pixels = (random_crop(image, self.size, generator("crop", self.seed, epoch, index)) if self.training
-                  else centre_crop(image, self.size))
-        return to_tensor(pixels), int(self.labels[index])
+        image, label = self.open(index), int(self.labels[index])
+        if self.training:
+            return random_crop(image, self.size, generator("crop", self.seed, epoch, index)), label
+        return centre_crop(image, self.size), label
 
     def read_crops(self, index):
-        image, size = self.open(index), self.size
-        crops = torch.stack([to_tensor(pixels) for pixels in (five_crops(image, size) if self.crops is TEN_CROPS
-                                                              else [centre_crop(image, size)])])
+        image = self.open(index)
+        crops = five_crops(image, self.size) if self.ten_crop else centre_crop(image, self.size)[None]
         return torch.cat([crops, crops.flip(-1)])
-
-
-def to_tensor(pixels):
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def list_folder(folder):
     """-> sorted class names, list of (path, class id) in a fixed order. InputError if there is nothing to train on."""
     if not os.path.isdir(folder):
         raise InputError(f"no such folder: {folder} (--data takes 'shapes' or a folder with one sub-folder a class)")
-    try:
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"can't read {folder} ({error}); repair it, or name another folder") from None
-    files = []
-    for label, name in enumerate(classes):
-        found = [os.path.join(where, file) for where, _, names in os.walk(os.path.join(folder, name)) for file in names
-                 if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")]
-        if not found:
-            raise InputError(f"no images in {os.path.join(folder, name)}: every sub-folder is a class and holds "
-                             f"{', '.join(IMAGE_SUFFIXES)} files")
-        files += [(path, label) for path in sorted(found)]
-    if not classes:
-        raise InputError(f"no images in {folder}: it needs one sub-folder a class, such as {folder}/cats/1.jpg")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    files = [(path, label) for label, name in enumerate(classes) for path in image_files(os.path.join(folder, name))]
+    empty = set(range(len(classes))) - {label for _, label in files}
+    if empty or not classes:
+        place = os.path.join(folder, classes[min(empty)]) if empty else folder
+        raise InputError(f"no images in {place}: {folder} needs one sub-folder a class, such as {folder}/cats/1.jpg, "
+                         f"with {', '.join(IMAGE_SUFFIXES)} files")
     return classes, files
 
 
-def open_data(data, val_data, size, seed, skip_bad=False, num_pictures=50_000, ten_crop=False):
-    """--data and --val-data -> training and validation sets.
+def open_data(args, size, ten_crop=False):
+    """The training and the validation set that --data, --val-data and --seed name, of pictures of size x size.
 
-    `shapes`, or a folder of one sub-folder a class. Without a validation folder every 20th image, at least one, is held out.
+    `shapes`, or a folder of one sub-folder a class. Without a validation folder every 20th image is held out.
     """
-    if data == "shapes":
-        if val_data:
-            raise InputError("--val-data goes with an image folder; the built-in pictures have a validation set of their own")
-        if ten_crop:
-            raise InputError("--ten-crop goes with an image folder; the built-in pictures have no borders to crop")
-        return Shapes("train", size, seed, num_pictures), Shapes("val", size, seed, 1000)
-    classes, train = list_folder(data)
-    if val_data:
-        names, val = list_folder(val_data)
-        if names != classes:
-            raise InputError(f"{val_data} has other classes than {data}: "
-                             f"{', '.join(sorted(set(names) ^ set(classes))[:5])} in one of them only")
+    if args.data == "shapes":
+        if args.val_data or ten_crop:
+            raise InputError("--val-data and --ten-crop go with an image folder, not with the built-in pictures")
+        return Shapes("train", size, args.seed, args.num_pictures), Shapes("val", size, args.seed)
+    classes, train = list_folder(args.data)
+    if args.val_data:
+        val_classes, val = list_folder(args.val_data)
+        if val_classes != classes:
+            odd = sorted(set(val_classes) ^ set(classes))[:5]
+            raise InputError(f"{args.val_data} has other classes than {args.data}: {', '.join(odd)} in one only")
+    elif len(train) < 2:
+        raise InputError(f"{args.data} holds a single image; training and validation need one each at least")
     else:
-        if len(train) < 2:
-            raise InputError(f"{data} holds a single image; training and validation need one each at least")
         val = train[19::20] or train[-1:]
         held_out = set(val)
         train = [file for file in train if file not in held_out]
-    train = ImageFolder(data, train, classes, size, seed, True, skip_bad)
-    if ten_crop:
-        train.crops = TEN_CROPS
-    return train, ImageFolder(val_data or data, val, classes, size, seed, False, skip_bad)
+    return (ImageFolder(args.data, train, classes, size, args.seed, True, args.skip_bad_images, ten_crop),
+            ImageFolder(args.val_data or args.data, val, classes, size, args.seed, False, args.skip_bad_images))
 
 
 # -----------------------------------------------------------------------------
-# Batches: an endless, shuffled stream that any step can be entered at
+# Batches: an endless, shuffled stream that any step can be entered at. A key is (epoch, index).
 
-def stream_keys(n, seed, first, count):
-    """Places first .. first + count - 1 of the endless shuffled stream over n items -> (count, 2) int64 of (epoch, index).
-
-    Every epoch has its own order.
-    """
-    epochs, places = np.divmod(np.arange(first, first + count), n)
-    keys = np.stack([epochs, places], 1)
-    for epoch in range(epochs[0], epochs[-1] + 1):
-        keys[epochs == epoch, 1] = epoch_order(n, seed, epoch)[places[epochs == epoch]]
-    return keys
+@functools.lru_cache(maxsize=8)
+def epoch_random(method, stream, seed, epoch, n):
+    """n random values of a method of numpy's Generator, that follow from the rest."""
+    return getattr(generator(stream, seed, epoch), method)(n)
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    return generator("order", seed, epoch).permutation(n)
+def key_uniforms(stream, seed, keys, n):
+    """A number in [0, 1) for each key, index < n, that follows from the key and the seed alone: (keys,) float64."""
+    return np.array([epoch_random("random", stream, seed, epoch, n)[index] for epoch, index in keys])
 
 
-def batch_keys(n, seed, batch_size, accum, start, rank, ranks):
-    """For each step from `start` on, this rank's share of the global batch in `accum` micro-batches, without end."""
-    micro = batch_size // ranks // accum
+def stream_keys(stream, seed, n, first, count):
+    """Places first ... first + count - 1 of the endless shuffled stream over n items: a list of keys."""
+    places = (divmod(place, n) for place in range(first, first + count))
+    return [(epoch, int(epoch_random("permutation", stream, seed, epoch, n)[place])) for epoch, place in places]
+
+
+def batch_keys(stream, n, args, start=0):
+    """The keys of this rank's micro-batches, --accum a step, from step `start` on, without end."""
+    micro = args.batch_size // (world_size() * args.accum)
     for step in itertools.count(start):
-        for part in range(accum):
-            yield stream_keys(n, seed, step * batch_size + (rank * accum + part) * micro, micro)
+        for k in range(args.accum):
+            first = step * args.batch_size + (rank() * args.accum + k) * micro
+            yield stream_keys(stream, args.seed, n, first, micro)
 
 
 def spread(n, count):
-    """`count` indices, or all if there are fewer, evenly over 0 .. n-1: a subset that sees every class of a sorted set."""
+    """`count` indices, or all if there are fewer, evenly over 0 ... n-1: a subset that sees every class."""
     count = min(n, count)
     return [k * n // count for k in range(count)]
+
+
+def rank_spans(count, size):
+    """This rank's share of `count` places: slices of at most `size`, which the ranks take in turn."""
+    return [slice(start, min(start + size, count)) for start in range(rank() * size, count, world_size() * size)]
 
 
 class Reader(torch.utils.data.Dataset):
@@ -408,15 +348,14 @@ class Reader(torch.utils.data.Dataset):
 
 
 def outlive_signals(worker):
-    """A reading process ignores Ctrl-C and goes on for ten seconds after SIGTERM: when the whole group is told to stop, the trainer
-    finishes its step and saves, which it could not were a reader to die under it."""
+    """A reading process goes on after Ctrl-C, and for ten seconds after SIGTERM, so that the trainer can save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
-def batches(dataset, keys, workers=0, read=None):
-    """Iterate over batches of `read(*key)`, by default (images (B, 3, H, W) uint8, classes (B,)), for each batch in `keys`."""
-    loader = DataLoader(Reader(read or dataset.read), sampler=keys, batch_size=None, num_workers=workers,
+def batches(read, keys, workers=0):
+    """Iterate over batches of read(*key), one for each list of keys in `keys`, read by so many other processes."""
+    loader = DataLoader(Reader(read), sampler=keys, batch_size=None, num_workers=workers,
                         worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available(),
                         prefetch_factor=4 if workers else None)
     for batch in loader:
@@ -437,36 +376,58 @@ UNWRITTEN = 65535
 
 
 class TokenCache:
-    """Tokens of a whole data set: `tokens.npy` (images, crops, N) uint16 and `labels.npy` (images,), memory-mapped.
+    """Tokens of a whole data set: `tokens.npy`, (images, crops, N) uint16, memory-mapped, and the set's labels.
 
-    `cache.json` beside them names what they came from; `open_cache` refuses a cache that came from anything else.
+    `cache.json` beside it names what it came from; `open_cache` refuses a cache that came from anything else.
     """
 
-    def __init__(self, folder, shape, labels, codebook_size):
-        self.folder, self.codebook_size = folder, codebook_size
+    def __init__(self, folder, dataset, config):
+        self.path, self.labels, self.codebook_size = f"{folder}/tokens.npy", dataset.labels, config.codebook_size
         try:
-            self.tokens, self.labels = (np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r", allow_pickle=False)
-                                        for name in ("tokens", "labels"))
-            whole = self.tokens.shape == shape and self.tokens.dtype == np.uint16 and np.array_equal(self.labels, labels)
+            self.tokens = np.load(self.path, mmap_mode="r+", allow_pickle=False)
         except (OSError, ValueError, EOFError):
-            whole = False
-        if not whole:
+            self.refuse()
+        if self.tokens.shape != (len(dataset), dataset.crops, config.num_tokens):
             self.refuse()
 
     def refuse(self):
-        raise InputError(f"the token cache in {self.folder} is damaged; delete the folder to build it anew")
+        raise InputError(f"the token cache {self.path} is damaged; delete its folder to build it anew")
 
     def __len__(self):
         return len(self.tokens)
 
     def batch(self, keys, seed):
-        """Keys (epoch, index) -> tokens (B, N) int64 and classes (B,) int64; each epoch draws one of an image's crops."""
-        indices = np.array(keys)[:, 1]
-        chosen = (key_uniforms("crop choice", seed, keys) * self.tokens.shape[1]).astype(np.int64)
-        tokens = self.tokens[indices, chosen]
+        """Keys (epoch, index) -> tokens (B, N) int64, classes (B,) int64; each epoch draws one of an image's crops."""
+        indices = [index for _, index in keys]
+        crops = (key_uniforms("crop choice", seed, keys, len(self)) * self.tokens.shape[1]).astype(np.int64)
+        tokens = self.tokens[indices, crops].astype(np.int64)
         if tokens.max() >= self.codebook_size:
             self.refuse()
-        return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(self.labels[indices].astype(np.int64))
+        return torch.from_numpy(tokens), torch.from_numpy(self.labels[indices])
+
+    def missing(self):
+        """Indices of the images of which not all tokens are written."""
+        return np.concatenate([np.flatnonzero((self.tokens[at:at + 4096] == UNWRITTEN).any(axis=(1, 2))) + at
+                               for at in range(0, len(self), 4096)])
+
+    def build(self, dataset, tokenizer, device, workers, batch_size):
+        """Encode the images whose tokens are missing, every rank its share."""
+        missing = self.missing()
+        barrier()                             # every rank has the same list before one of them shortens it
+        share = np.array_split(missing, world_size())[rank()]                # in one piece: pages of its own
+        micro = max(1, batch_size // self.tokens.shape[1])
+        rows = [share[at:at + micro] for at in range(0, len(share), micro)]
+        stream = batches(dataset.read_crops, [indices[:, None] for indices in rows], workers)
+        progress = tqdm(total=len(missing), desc="tokens", unit="img", disable=rank() > 0)
+        for indices, images in zip(rows, stream):                            # (B, crops, 3, H, W)
+            tokens = tokenizer.encode(to_float(images.flatten(0, 1), device))
+            self.tokens[indices] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()
+            progress.update(min(len(indices) * world_size(), len(missing) - progress.n))
+        progress.close()
+        self.tokens.flush()
+        barrier()
+        if len(self.missing()):
+            raise InputError(f"{len(self.missing())} rows of {self.path} did not arrive on the disk; run this again")
 
 
 def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
@@ -476,139 +437,190 @@ def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
     """
     config = tokenizer.config
     if config.codebook_size > UNWRITTEN:
-        raise InputError(f"the token cache holds codebooks of up to {UNWRITTEN} entries, this one has {config.codebook_size}")
-    want = {"tokenizer": tokenizer.fingerprint(), "files": dataset.files, "images": len(dataset), "crops": dataset.crops,
-            "image_size": config.image_size, "tokens": config.num_tokens, "codebook": config.codebook_size}
-    note = os.path.join(folder, "cache.json")
-    rank, ranks = rank_and_count()
-    shape = (len(dataset), len(dataset.crops), config.num_tokens)
-    if not os.path.exists(note) and rank == 0:
-        make_folder(folder)
-        create_array(os.path.join(folder, "tokens.npy"), np.uint16, shape, UNWRITTEN)
-        replace_file(os.path.join(folder, "labels.npy"), lambda file: np.save(file, dataset.labels.astype(np.int32)))
-        write_text(note, json.dumps({**want, "finished": False}, indent=1))
+        raise InputError(f"a token cache holds codebooks of up to {UNWRITTEN} entries, found {config.codebook_size}")
+    settings = {"tokenizer": tokenizer.fingerprint(), "files": dataset.files, "images": len(dataset),
+                "crops": dataset.crops, "image_size": config.image_size, "tokens": config.num_tokens,
+                "codebook": config.codebook_size}
+    note = f"{folder}/cache.json"
+    if rank() == 0 and not os.path.exists(note):
+        shape = (len(dataset), dataset.crops, config.num_tokens)
+        create_array(f"{folder}/tokens.npy", np.uint16, shape, UNWRITTEN)
+        write_json(note, settings | {"finished": False})
     barrier()
-    found = read_json(note)
-    wrong = [f"{key} {found.get(key)!r}, now {value!r}" for key, value in want.items() if found.get(key) != value]
-    if wrong:
-        raise InputError(f"the token cache in {folder} was made for something else ({'; '.join(wrong)}); "
-                         "delete the folder to build it anew, or name another with --cache")
-    TokenCache(folder, shape, dataset.labels, config.codebook_size)            # whole, so far as it goes
-    if not found.get("finished"):
-        build_cache(folder, dataset, tokenizer, device, workers, batch_size)
-        if rank == 0:
-            if len(left := unwritten(np.load(os.path.join(folder, "tokens.npy"), mmap_mode="r", allow_pickle=False))):
-                raise InputError(f"{len(left)} rows of the token cache in {folder} did not arrive on the disk; run this again")
-            write_text(note, json.dumps({**want, "finished": True}, indent=1))
+    try:
+        with open(note) as file:
+            saved = dict(json.load(file))
+    except ValueError:
+        raise InputError(f"{note} is damaged; delete the folder it is in to start anew") from None
+    refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
+                   "delete the folder to build it anew, or name another with --cache")
+    cache = TokenCache(folder, dataset, config)
+    if not saved.get("finished"):
+        cache.build(dataset, tokenizer, device, workers, batch_size)
+        if rank() == 0:
+            write_json(note, settings | {"finished": True})
     barrier()
-    return TokenCache(folder, shape, dataset.labels, config.codebook_size)
+    return cache
 
 
-def unwritten(tokens):
-    """Indices of the images of which not all tokens are there."""
-    return np.concatenate([np.flatnonzero((tokens[at:at + 4096] == UNWRITTEN).any(axis=(1, 2))) + at
-                           for at in range(0, len(tokens), 4096)])
+# =============================================================================
+# What every run needs
+
+class Stopped(Exception):
+    """A run that was asked to stop has saved its state and does so. `signal` is what asked."""
+
+    def __init__(self, number, where):
+        super().__init__(f"stopped by {signal.Signals(number).name} at {where}; --resume goes on from there")
+        self.signal = number
 
 
-def build_cache(folder, dataset, tokenizer, device, workers, batch_size):
-    """Encode the rows of tokens.npy that are not written yet, every rank its share."""
-    rank, ranks = rank_and_count()
-    tokens = np.lib.format.open_memmap(os.path.join(folder, "tokens.npy"), "r+")
-    missing = unwritten(tokens)
-    barrier()                                 # every rank has the same list before one of them shortens it
-    mine = np.array_split(missing, ranks)[rank]                                # in one piece: other ranks' pages stay theirs
-    crops = tokens.shape[1]
-    rows = [mine[at:at + max(1, batch_size // crops)] for at in range(0, len(mine), max(1, batch_size // crops))]
-    keys = [part[:, None] for part in rows]
-    progress = tqdm(total=len(missing), desc="tokens", unit="img", disable=rank > 0)
-    for part, images in zip(rows, batches(dataset, keys, workers, dataset.read_crops)):
-        ids = tokenizer.encode(to_float(images.flatten(0, 1), device))
-        tokens[part] = ids.view(len(part), crops, -1).cpu().numpy()
-        progress.update(min(len(part) * ranks, len(missing) - progress.n))
-    tokens.flush()
-    progress.close()
-    barrier()                                 # "finished" is said of every rank's share
+def run(main):
+    """Call main() as a command. Exit codes: 2, with one line on stderr, for an InputError and for what the system
+    refuses; 128 + the signal's number for a run that was stopped; 1 with a traceback for a mistake of ours."""
+    code, message = 0, None
+    try:
+        main()
+    except (InputError, OSError) as error:
+        code, message = 2, f"error: {error}"
+    except Stopped as stopped:
+        code, message = 128 + stopped.signal, str(stopped)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:
+        code, message = 1, traceback.format_exc()
+    if message and (rank() == 0 or code < 128):
+        print(f"rank {rank()}: " * (world_size() > 1) + message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        if not code:
+            barrier()
+            time.sleep(0.5)                   # a rank that leaves at once can cut off what another has yet to read
+        sys.stdout.flush()
+        os._exit(code)                        # others may wait for a rank that failed; gloo's threads may abort an exit
+    if code:
+        sys.exit(code)
 
 
 # -----------------------------------------------------------------------------
-# Ranks
+# Command line
 
-PATIENCE = datetime.timedelta(hours=2)        # a rank may wait for another's download or evaluation; torchrun sees to dead ones
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or not math.isfinite(value):
+            limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"is {limits}, found {text}")
+        return value
+
+    parse.__name__ = kind.__name__            # argparse names it where kind(text) fails
+    return parse
 
 
-def start_ranks(device="auto"):
-    """Join the other ranks when torchrun started this one. -> rank, number of ranks, device."""
-    device = pick_device(device)
+positive, natural = number(int, 1), number(int, 0)
+above_zero, at_least_zero, share = number(float, 1e-12), number(float, 0), number(float, 0, 1)
+
+
+def preset_parser(doc, presets, *arguments):
+    """A parser whose --preset and other first `arguments`, (flag, options), are known already, to decide the defaults
+    of the rest. -> parser, the known arguments."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and the recipe for it")
+    for flag, options in arguments:
+        first.add_argument(flag, **options)
+    known, _ = first.parse_known_args()
+    parser = argparse.ArgumentParser(description=doc, parents=[first],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    return parser, known
+
+
+def add_run_arguments(parser):
+    """The flags that both trainers have. --batch-size, --lr and --warmup get their defaults from the recipe."""
+    add = parser.add_argument
+    add("--data", default="shapes", help="'shapes', the built-in pictures, or a folder of class folders")
+    add("--val-data", help="validation folder; without it every 20th image of --data is held out")
+    add("--out", default="out", help="folder for checkpoints, log and pictures (%(default)s)")
+    add("--resume", action="store_true", help="go on from the training state in --out")
+    add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
+    add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
+    add("--lr", type=above_zero, help="peak learning rate (%(default)s)")
+    add("--warmup", type=natural, help="steps of linear warmup (%(default)s)")
+    add("--clip", type=above_zero, default=1.0, help="largest gradient norm (%(default)s)")
+    add("--seed", type=natural, default=0)
+    add("--num-pictures", type=positive, default=50_000, help="size of the built-in training set (%(default)s)")
+    add("--eval-every", type=positive, default=500, help="steps between evaluations (%(default)s)")
+    add("--eval-images", type=positive, default=256, help="pictures an evaluation looks at (%(default)s)")
+    add("--save-every", type=positive, default=500, help="steps between saves, the most that a kill costs (%(default)s)")
+    add("--skip-bad-images", action="store_true", help="the next readable image replaces an unreadable one")
+    add("--save-dtype", choices=["float32", "float16"], default="float32", help="of the finished model's file")
+    add("--grad-checkpoint", action="store_true", help="save memory: compute activations twice")
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser):
+    add = parser.add_argument
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of the matrix work; auto is bfloat16 where the hardware is fast at it")
+    add("--workers", type=natural, help="reading processes a rank (8 with a GPU, else 0)")
+    add("--no-compile", dest="compile", action="store_false", help="do without torch.compile on a GPU")
+
+
+# What decides the result, so that a resumed run must not change it.
+FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_pictures", "dtype", "steps"]
+
+
+def refuse_changes(message, saved, now, advice):
+    """InputError that names each value of `now` that is another one in `saved`, two dicts."""
+    changed = [f"{name} {saved.get(name)}, now {value}" for name, value in now.items() if saved.get(name) != value]
+    if changed:
+        raise InputError(f"{message} ({'; '.join(changed)}); {advice}")
+
+
+def refuse_overwrite(paths):
+    for path in filter(os.path.exists, paths):
+        raise InputError(f"{path} is there already: --resume goes on from it, another --out starts anew and keeps it")
+
+
+# -----------------------------------------------------------------------------
+# Ranks, devices, signals
+
+PATIENCE = datetime.timedelta(hours=2)        # for another rank's download or evaluation; torchrun sees to dead ones
+LOG_EVERY = 20                                # steps
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(args):
+    """Join the ranks, if torchrun started them, and fill in what the device decides: --dtype, --workers. -> device"""
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = accelerator if args.device == "auto" else torch.device(args.device)
+    if device.type not in ("cpu", accelerator.type):
+        raise InputError(f"device {device} is not available here; there is {accelerator}")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if device.type == "mps":
             raise InputError("several processes can't share an Apple GPU; run without torchrun, or with --device cpu")
         if device.type == "cuda":
-            local = int(os.environ["LOCAL_RANK"])
-            if local >= torch.cuda.device_count():
-                raise InputError(f"rank {local} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
-            device = torch.device("cuda", local)
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if device.index >= torch.cuda.device_count():
+                raise InputError(f"there are more ranks than {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
             torch.cuda.set_device(device)
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)    # gloo for what need not wait for the GPU
-        else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
-    return *rank_and_count(), device
-
-
-def pick_device(name):
-    """--device: auto, cpu, cuda or mps -> torch.device. InputError when it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there.get(name):
-        raise InputError(f"device {name} is not available here; there is {', '.join(k for k in there if there[k])}")
-    return torch.device(name)
-
-
-def pick_dtype(name, device):
-    """--dtype of the matrix work in training: bfloat16 where the hardware has it, unless named."""
-    if name != "auto":
-        return name
-    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": lambda: getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")}.get(device.type, bool)()
-    return "bfloat16" if fast else "float32"
-
-
-class Interruptions:
-    """When a training run has to save: every so many steps or minutes, and before it obeys SIGTERM or Ctrl-C.
-
-    Inside `with`, the first signal is noted, for `due` to tell; a second one, more than a second later (torchrun and the terminal
-    may both deliver the first), ends the process at once. All ranks get the same answers.
-    """
-
-    def __init__(self, steps, minutes):
-        self.steps, self.minutes, self.signal, self.saved = steps, minutes, 0, time.monotonic()
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        if self.signal and time.monotonic() > self.noted + 1:
-            os._exit(128 + number)
-        if not self.signal:
-            self.signal, self.noted = number, time.monotonic()
-
-    def due(self, step):
-        """-> whether to save after so many steps, and the signal to obey after that, or 0."""
-        late = self.minutes and time.monotonic() > self.saved + 60 * self.minutes
-        late, number = over_ranks([late, self.signal], dist.ReduceOp.MAX)
-        save = bool(late or number or step % self.steps == 0)
-        if save:
-            self.saved = time.monotonic()
-        return save, int(number)
-
-
-def rank_and_count():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # gloo for what need not wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    on_gpu = device.type == "cuda"
+    args.compile = args.compile and on_gpu
+    if args.workers is None:
+        args.workers = 8 if on_gpu else 0
+    if args.dtype == "auto":
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else
+                device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"))
+        args.dtype = "bfloat16" if fast else "float32"
+    return device
 
 
 def over_ranks(values, operation=dist.ReduceOp.SUM):
@@ -623,88 +635,100 @@ def barrier():
     over_ranks([0])
 
 
-def mean_over_ranks(values):
-    """{name: number} -> the same, averaged over ranks."""
-    return {name: total / rank_and_count()[1] for name, total in zip(values, over_ranks(list(values.values())))}
+def mean_over_ranks(losses):
+    """{name: number or tensor of one} -> the same as numbers, averaged over ranks."""
+    totals = over_ranks([float(loss) for loss in losses.values()])
+    return {name: total / world_size() for name, total in zip(losses, totals)}
 
 
-def wait_for(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+def say(text):
+    """Print a line above the progress bar, once for all ranks."""
+    if rank() == 0:
+        tqdm.write(text)
 
 
-def matrix_rate(device, dtype, size=None):
-    """Operations a second of a large matrix product."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, getattr(torch, dtype))
-    for k in range(8):
-        if k == 3:                            # after warming up
-            wait_for(device)
-            began = time.perf_counter()
-        matrix @ matrix
-    wait_for(device)
-    return 5 * 2 * size ** 3 / (time.perf_counter() - began)
+class StopFlag:
+    """Notes the first SIGTERM or SIGINT, for the training loop to save and stop; a second one ends the process at once.
 
-
-class Speed:
-    """Images a second since the last `restart`, and MFU: the share of the ranks' matrix rate that they make.
-
-    operations: of a training step, for one image; what is left out of them, is left out of MFU.
+    A second signal within a second is the first one again: torchrun and the terminal may both deliver it.
     """
 
-    def __init__(self, operations, device, dtype):
-        self.limit = matrix_rate(device, dtype, None if device.type == "cuda" else 1024) * rank_and_count()[1] / operations
-        self.restart()
+    def __init__(self):
+        self.signal, self.noted = 0, 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
 
-    def restart(self):
-        self.began, self.seen = time.perf_counter(), 0
+    def note(self, number, frame):
+        if self.signal and time.monotonic() > self.noted + 1:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.noted = number, time.monotonic()
 
-    def show(self):
-        """-> what a progress bar shows: {"img_s", "mfu"}."""
-        rate = self.seen / (time.perf_counter() - self.began)
-        self.restart()
-        return {"img_s": f"{rate:.0f}", "mfu": f"{rate / self.limit:.0%}"}
-
-
-def peak_memory(device):
-    """Bytes, at most so far: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource                           # not there on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def benchmark(name, step, images, device, dtype, steps=4):
-    """Time step(k), which trains on `images` images, and print one JSON object.
-
-    milliseconds a step, images_per_s, peak_memory_gb, teraflops_per_s, and mfu: those as a share of what a large matrix product
-    reaches in the same run. Attention on a CPU is not counted among the operations.
-    """
-    if rank_and_count()[1] > 1:
-        raise InputError("--benchmark measures one process: run it without torchrun")
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        step(0), step(1)                      # in a GAN phase, a turn of either network
-    for k in (2, 3):                          # compiles, and fills the optimizers' states
-        step(k)
-    wait_for(device)
-    began = time.perf_counter()
-    for k in range(steps):
-        step(k)
-    wait_for(device)
-    took = (time.perf_counter() - began) / steps
-    done = counter.get_total_flops() / 2 / took
-    print(json.dumps({"step": name, "dtype": dtype, "batch": images, "ms": round(took * 1000, 1),
-                      "images_per_s": round(images / took, 2), "peak_memory_gb": round(peak_memory(device) / 1e9, 2),
-                      "teraflops_per_s": round(done / 1e12, 3), "mfu": round(done / matrix_rate(device, dtype), 3)}))
+    def read(self, step):
+        """The signal that any rank got, or 0. Several ranks tell each other when they log, not every step."""
+        if world_size() > 1 and step % LOG_EVERY:
+            return 0
+        return int(over_ranks([self.signal], dist.ReduceOp.MAX)[0])
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints, logs and pictures on disk
+# Training
 
-def replace_file(path, write, keep=False):
+def learning_rate(step, steps, warmup, peak, final):
+    """Linear warmup to `peak`, then a cosine to `final`, which the step after the last would reach."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def adamw(model, decays, lr, betas, weight_decay):
+    """AdamW over what is trained in a model, with weight decay for those with decays(name, parameter) only."""
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[0 if decays(name, parameter) else 1]["params"].append(parameter)
+    return torch.optim.AdamW(groups, lr, betas, fused=True)
+
+
+def distribute(model, device, args):
+    """The model for training on several ranks, as it is on one. InputError if they can't share a batch evenly."""
+    parts = world_size() * args.accum
+    if args.batch_size % parts:
+        raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {world_size()} ranks in {args.accum} "
+                         f"micro-batches; choose --batch-size as a multiple of {parts}")
+    if world_size() == 1:
+        return model
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def checkpoint_blocks(blocks):
+    """--grad-checkpoint: the backward pass computes again what happens inside a block, instead of keeping it."""
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def check_finite(name, value):
+    if not math.isfinite(value):
+        raise InputError(f"{name} is not finite any more: training has diverged; start anew with a lower --lr")
+
+
+def check_bad_steps(in_row, path, limit=10):
+    """InputError when so many steps in a row (ours) were skipped, because their gradient was not finite."""
+    if in_row == limit:
+        saved = f"--resume goes on from {path}" if os.path.exists(path) else "nothing is saved yet"
+        raise InputError(f"{in_row} steps in a row had gradients that are not finite; {saved}; if it happens again, "
+                         "start anew with a lower --lr")
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+def replace_file(path, write):
     """write(file) aside, sync, then rename: whoever reads `path` finds the old content or the new, never half of one.
 
-    keep: the old content stays as <path>.previous. InputError when it can't be written; the old content is then untouched.
+    InputError when it can't be written; the old content is then untouched.
     """
     folder, aside = os.path.dirname(os.path.abspath(path)), f"{path}.tmp"
     try:
@@ -713,8 +737,6 @@ def replace_file(path, write, keep=False):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if keep and os.path.exists(path):
-            os.replace(path, f"{path}.previous")
         os.replace(aside, path)
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
@@ -722,172 +744,96 @@ def replace_file(path, write, keep=False):
     except (OSError, RuntimeError) as error:  # torch.save has a kind of its own for a full disk
         with contextlib.suppress(OSError):
             os.remove(aside)
-        raise InputError(f"can't write {path} ({error}); " + ("what it held before is untouched" if os.path.exists(path) else
-                                                             "make room, or name another place")) from None
+        raise InputError(f"can't write {path} ({error}); make room, or name another place") from None
 
 
-def make_folder(folder):
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"can't make the folder {folder} ({error}); name another place") from None
-
-
-def write_text(path, text):
-    replace_file(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path):
-    """The dict in a file that `write_text` wrote. InputError when it holds none."""
-    try:
-        with open(path) as file:
-            return dict(json.load(file))
-    except (ValueError, TypeError):
-        raise InputError(f"{path} is damaged; delete the folder it is in to start anew") from None
+def write_json(path, values):
+    replace_file(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
 
 def create_array(path, dtype, shape, fill):
-    """A new memory-mapped .npy of one value. Its room on the disk is taken now: a full disk says so here, not by a crash later."""
-    try:
-        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    """A new memory-mapped .npy of one value. It takes its room on the disk now, so that a full disk says so here."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path)
-        raise InputError(f"can't make {path} of {math.prod(shape) * np.dtype(dtype).itemsize:,} bytes ({error}); make room, or "
-                         "name another place") from None
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     array[:] = fill
     array.flush()
 
 
-def save_checkpoint(path, kind, config, model, keep=False, **more):
-    """Write a checkpoint: its kind ("tokenizer" or "ar"), config dict, state dict, and whatever else belongs to it.
-
-    keep: the checkpoint that was there stays as <path>.previous, for `load_state`.
-    """
-    replace_file(path, lambda file: torch.save({"kind": kind, "config": config, "model": model, **more}, file), keep)
+def file_digest(path):
+    """The sha256 of a file in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_state(path, kind):
-    """The training state that a run goes on from: that in `path`, or the one before where it is damaged. None: start anew.
+# Checkpoints: {"kind": "tokenizer" or "ar", "config": dict, "model": state dict, and whatever else belongs to it}
 
-    Rank 0 chooses and says so. InputError when there are files and none of them can be used.
-    """
-    chosen = [None]
-    if rank_and_count()[0] == 0:
-        there, trouble = [name for name in (path, f"{path}.previous") if os.path.exists(name)], None
-        for at, name in enumerate(there):
-            try:
-                load_checkpoint(name, kind)
-                if bad := zipfile.ZipFile(name).testzip():
-                    raise InputError(f"{name} is damaged (in {bad})")
-                chosen = [name]
-                break
-            except InputError as error:
-                trouble = error
-        if trouble and not chosen[0]:
-            raise trouble
-        if not there:
-            tqdm.write(f"no training state at {path} yet: starting at the first step", file=sys.stderr)
-        elif chosen[0] != path:
-            tqdm.write(f"warning: {trouble or f'{path} is missing'}; going on from the save before it, {chosen[0]}", file=sys.stderr)
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    if not chosen[0]:
-        return None
-    state = load_checkpoint(chosen[0], kind)
-    if over_ranks([state["step"]], dist.ReduceOp.MAX)[0] != -over_ranks([-state["step"]], dist.ReduceOp.MAX)[0]:
-        raise InputError(f"the ranks see different contents in {chosen[0]}; --out must be one folder for all of them")
-    return state
+def save_checkpoint(path, **content):
+    """Write a checkpoint. Rank 0 does it, the others wait."""
+    if rank() == 0:
+        replace_file(path, lambda file: torch.save(content, file))
+    barrier()
 
 
-def load_checkpoint(path, kind, convert=lambda state: None):
-    """-> the dict that `save_checkpoint` wrote, on the CPU. InputError for anything but a checkpoint of this kind.
+def in_dtype(state, dtype):
+    """A state dict in the dtype of --save-dtype."""
+    return {name: value.to(getattr(torch, dtype)) for name, value in state.items()}
 
-    convert: turns the content of a file this project did not write into such a dict, or returns None.
+
+def read_torch(path):
+    """The dict in a file of torch's, on the CPU, loaded without running code from it. InputError for anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except Exception as error:                # pickle, zip and torch each have their own kinds
+        raise InputError(f"{path} can't be loaded as weights without running code from it, or it is incomplete or "
+                         f"damaged ({' '.join(str(error).split())[:300]}); copy or download it again") from None
+    return content
+
+
+def load_checkpoint(path, kind, from_released=lambda state: None):
+    """-> the dict that `save_checkpoint` wrote. InputError for anything but a checkpoint of this kind.
+
+    from_released: turns the content of a file of the authors into such a dict, or returns None.
     """
     if not os.path.isfile(path):
-        raise InputError(f"no such checkpoint: {path}" + (" (train_tokenizer.py writes it)" if kind == "tokenizer"
-                                                         else " (train_ar.py writes it)"))
-    whole = zipfile.is_zipfile(path)
-    with open(path, "rb") as file:
-        if not whole and file.read(4) == b"PK\x03\x04":
-            raise InputError(f"{path} is incomplete ({os.path.getsize(path):,} bytes); download or copy it again")
+        writer = {"tokenizer": "train_tokenizer.py", "ar": "train_ar.py"}[kind]
+        raise InputError(f"no such checkpoint: {path} ({writer} writes it)")
+    content = read_torch(path)
+    if "kind" not in content:
+        content = from_released(content)
+    elif content["kind"] != kind:
+        content = None
+    if content is None:
+        raise InputError(f"{path} is not a checkpoint of kind '{kind}', nor a released one")
+    return content
+
+
+def load_weights(model, state, path):
+    """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
-    except Exception as error:                # pickle, zip and torch each have their own kinds
-        code = re.search(r"unsupported (?:global|class|operand|instruction).*?([\w.]+\.\w+)", str(error), re.I)
-        reason = f"loading it would run code: {code[1]}" if code else (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"{path} is not a checkpoint that can be loaded safely, or it is damaged ({reason})") from None
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if found is None and isinstance(checkpoint, dict):
-        converted = convert(checkpoint)
-        if converted:
-            return converted
-    if found != kind:
-        raise InputError(f"{path} is not a checkpoint of kind '{kind}', it holds " +
-                         (f"kind '{found}'" if found else "something this project does not know"))
-    return checkpoint
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit the model: {' '.join(str(error).split())[:1500]}") from None
 
 
-def fill(model, state, path):
-    """load_state_dict, but a missing, unexpected or misshapen tensor is an InputError that lists them."""
-    own = model.state_dict()
-    wrong = ([f"{name} is missing" for name in own if name not in state] +
-             [f"{name} is unexpected" for name in state if name not in own] +
-             [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in own
-              if name in state and state[name].shape != own[name].shape])
-    if wrong:
-        raise InputError(f"{path} does not fit the model: {'; '.join(wrong[:20])}" +
-                         (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""))
-    model.load_state_dict(state)
+def load_training_state(path, kind, fixed):
+    """The state that --resume goes on from; None, with a word, when there is none yet.
 
-
-def file_digest(path, algorithm="sha256"):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()[:16]
-
-
-def fetch(address, digest, instead):
-    """Path in torch.hub's folder of a file that others publish; one rank of each machine downloads it when it is missing.
-
-    digest: (algorithm, how the file's digest begins), checked before use. instead: what a user without network can do.
+    InputError when the ranks see different files, or when `fixed`, what decides the result, is not what it was.
     """
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
-    (algorithm, begins), part = digest, f"{path}.{os.getpid()}"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        if not os.path.exists(path):
-            before = socket.getdefaulttimeout()
-            try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                socket.setdefaulttimeout(30)  # torch.hub sets none, and a firewall may keep it waiting for minutes
-                torch.hub.download_url_to_file(address, part)
-                if not file_digest(part, algorithm).startswith(begins):
-                    raise OSError(f"invalid hash value: its {algorithm} does not begin with {begins}")
-                os.replace(part, path)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    os.remove(part)
-                raise InputError(f"can't download {os.path.basename(path)} ({error}); fetch {address} elsewhere and put it at "
-                                 f"{path}, or {instead}") from None
-            finally:
-                socket.setdefaulttimeout(before)
-        elif not file_digest(path, algorithm).startswith(begins):
-            raise InputError(f"{path} is damaged: its {algorithm} does not begin with {begins}; remove it")
-    barrier()
-    return path
-
-
-def load_weights(path):
-    """The state dict in a weights file of others, on the CPU. InputError when it can't be loaded without running code."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                # pickle, zip and torch each have their own kinds
-        raise InputError(f"{path} can't be loaded as weights ({str(error).strip().splitlines()[0]}); get it anew") from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path} can't be loaded as weights, it holds a {type(state).__name__}: is it another file?")
+    state = load_checkpoint(path, kind) if os.path.exists(path) else None
+    step = state["step"] if state else 0
+    if over_ranks([step])[0] != step * world_size():
+        raise InputError(f"the ranks see different contents in {path}; --out must be one folder for all of them")
+    if state:
+        refuse_changes(f"{path} was trained with other settings", state["fixed"], fixed,
+                       "resume with the old ones, or start anew in another --out")
+    else:
+        say(f"no training state at {path} yet: starting at the first step")
     return state
 
 
@@ -897,66 +843,35 @@ class Log:
 
     def __init__(self, path, name, step):
         self.path, self.name = path, name
-        make_folder(os.path.dirname(path))
-        if rank_and_count()[0] == 0 and os.path.exists(path):
-            with open(path) as file:
-                lines = [line for line in file if line.endswith("\n")]
+        if rank() == 0:
+            lines = []
+            if os.path.exists(path):
+                with open(path, "rb") as file:
+                    lines = [line for line in file if line.endswith(b"\n")]
             entries = [json.loads(line) for line in lines]
-            write_text(path, "".join(line for line, entry in zip(lines, entries)
-                                     if entry["run"] != name or entry["step"] <= step))
+            kept = [line for line, entry in zip(lines, entries) if entry["run"] != name or entry["step"] <= step]
+            replace_file(path, lambda file: file.writelines(kept))
 
     def write(self, step, **values):
-        if rank_and_count()[0] == 0:
+        if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"run": self.name, "step": step, **values}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
 
 
-def to_picture(image):
-    """(3, H, W) in [0, 1] -> PIL image."""
-    return Image.fromarray((image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
+# -----------------------------------------------------------------------------
+# Pictures out
 
 def grid_image(images, columns):
     """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between."""
     n, _, height, width = images.shape
     sheet = Image.new("RGB", (columns * (width + 2) + 2, -(-n // columns) * (height + 2) + 2), "white")
-    for k, image in enumerate(images):
-        sheet.paste(to_picture(image), (2 + k % columns * (width + 2), 2 + k // columns * (height + 2)))
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for k, picture in enumerate(pixels):
+        sheet.paste(Image.fromarray(picture), (2 + k % columns * (width + 2), 2 + k // columns * (height + 2)))
     return sheet
 
 
-def save_grid(path, images, columns):
-    picture = grid_image(images, columns)
-    replace_file(path, lambda file: picture.save(file, "PNG"))
-
-
-# -----------------------------------------------------------------------------
-
-def main():
-    parser = argparse.ArgumentParser(description="Write a labelled contact sheet of the built-in pictures: a row a shape, "
-                                                 "a column a colour, backgrounds along the diagonals.")
-    parser.add_argument("--size", type=int, default=96, help="pixels a side")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=["train", "val"], default="train")
-    parser.add_argument("--out", default="shapes.png")
-    args = parser.parse_args()
-    if not 8 <= args.size <= 1024 or args.seed < 0:
-        raise InputError(f"--size is from 8 to 1024 and --seed at least 0, found {args.size} and {args.seed}")
-    cell, font = max(args.size, 84), ImageFont.load_default(11)
-    sheet = Image.new("RGB", (10 * (cell + 6), 10 * (args.size + 50)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for shape in range(10):
-        for colour in range(10):
-            label = 100 * shape + 10 * colour + (shape + colour) % 10
-            left, top = colour * (cell + 6) + 3, shape * (args.size + 50) + 3
-            sheet.paste(Image.fromarray(draw_shape(args.seed, args.split, label, args.size)[0]), (left, top))
-            words = f"{label:03d} {SHAPE_CLASSES[label]}".replace(" on", "\non").replace(SHAPES[shape], f"\n{SHAPES[shape]}")
-            pen.multiline_text((left, top + args.size + 1), words, "black", font, spacing=1)
-    replace_file(args.out, lambda file: sheet.save(file, "PNG"))
-    print(f"wrote {args.out}: classes read as shape, colour, background ({args.split} pictures, seed {args.seed})")
-
-
-if __name__ == "__main__":
-    run(main)
+def save_picture(path, picture):
+    """A PIL image -> a PNG file. Rank 0 writes."""
+    if rank() == 0:
+        replace_file(path, lambda file: picture.save(file, "PNG"))

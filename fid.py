@@ -1,30 +1,27 @@
-"""The numbers generated pictures are judged by: FID, sFID, Inception Score, precision and recall, as ADM's evaluator has them.
+"""Networks of others that judge pictures, and the numbers that generated pictures are judged by.
 
     python fid.py reference.npz samples.npz                   # each an .npz of images or statistics, or a folder of images
     python fid.py imagenet/val --crop 256 --save-stats val.npz
     python fid.py --tokenizer out/tokenizer.pt --data shapes  # rFID, PSNR, SSIM and codebook use; --data also takes a folder
-    python fid.py --shapes samples.npz                        # built-in pictures: do they show shape, colour and background?
-    python fid.py --shapes runs/a-0 runs/a-1 runs/b-0         # and whole runs beside each other, seeds averaged
     torchrun --nproc_per_node=8 fid.py reference.npz samples.npz
 
 Notable:
-- The network is the Inception of 2015-12-05 behind all published figures, not torchvision's: its average pools leave padding
-  out, its last block pools with max, and pictures are resized as TensorFlow 1 did it. Its weights are downloaded once.
-- Where a file holds mu, sigma, mu_s, sigma_s, they stand for FID and sFID, and its arr_0 serves precision and recall.
+- FID, sFID, Inception Score, precision and recall are those of ADM's evaluator. Its network is the Inception of
+  2015-12-05, not torchvision's: average pools leave padding out, the last block pools with max, and pictures are
+  resized as TensorFlow 1 did it.
+- Where a file holds mu, sigma, mu_s, sigma_s, they stand for FID and sFID; its arr_0 serves precision and recall.
 - Images pass by in batches; what stays in memory is 16 kB of features an image. Gaussians are float64.
-- The trace of sqrt(S1 S2) is a sum of singular values, which rank-deficient covariances (few images) don't disturb.
 - The Inception Score is averaged over runs of 5000 images in file order, so classes must be well mixed.
+- ConvNeXt and LPIPS, which the tokenizer's losses use, stand here too: one table of files, one loader.
 """
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
-import re
 import sys
-import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -37,23 +34,84 @@ import data
 from data import InputError
 from tokenizer import load_tokenizer
 
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-ADDRESS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS
-PUBLISHED = "6726825d"           # how the sha256 of the published weights begins
+PUBLISHED = "6726825d"           # how the sha256 of the published Inception begins
 FEW_IMAGES = 5000                # ours: below, a warning that FID is biased
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
 
 # -----------------------------------------------------------------------------
+# Where the weights of these networks are published, and how the digests of the files begin
+
+WEIGHTS = {
+    "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                  "pt_inception-2015-12-05-6726825d.pth", PUBLISHED),
+    "convnext": ("https://download.pytorch.org/models/convnext_small-0c510722.pth", "0c510722"),
+    "vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+    "lpips": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", ""),
+}
+
+
+def find_weights(name, place=None):
+    """The path of a network's weights: the file `place`, its file in the folder `place`, or downloaded once (None).
+
+    One rank of each machine downloads, to torch.hub's folder. InputError when the file can't be had.
+    """
+    address, digest = WEIGHTS[name]
+    file_name = os.path.basename(address)
+    if place:
+        return os.path.join(place, file_name) if os.path.isdir(place) else place
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.exists(path):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(address, path, digest)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"can't download {file_name} ({error}); fetch {address} elsewhere and put it at {path}, or "
+                             "name its place with --inception or --vision-weights, where 'random' does without, for "
+                             "trials") from None
+    data.barrier()
+    return path
+
+
+@contextlib.contextmanager
+def seed_0():
+    """In here random numbers are of seed 0; a training run's own stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+# -----------------------------------------------------------------------------
 # Inception of 2015-12-05. Modules bear the names that the weights file gives them.
+
+# A line a block: its pool, then its branches side by side. A branch has a name and steps of channels:kernel, the last one
+# with stride 2 if the pool ends in /2. A step with two kernels is two convolutions side by side, on the same input.
+MIXED = {
+    "5b": "avg   | 1x1 64:1x1  | 5x5 48:1x1 64:5x5 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool 32:1x1",
+    "5c": "avg   | 1x1 64:1x1  | 5x5 48:1x1 64:5x5 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool 64:1x1",
+    "5d": "avg   | 1x1 64:1x1  | 5x5 48:1x1 64:5x5 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool 64:1x1",
+    "6a": "max/2 | 3x3 384:3x3 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool",
+    "6b": "avg   | 1x1 192:1x1 | 7x7 128:1x1 128:1x7 192:7x1 | "
+          "7x7dbl 128:1x1 128:7x1 128:1x7 128:7x1 192:1x7 | _pool 192:1x1",
+    "6c": "avg   | 1x1 192:1x1 | 7x7 160:1x1 160:1x7 192:7x1 | "
+          "7x7dbl 160:1x1 160:7x1 160:1x7 160:7x1 192:1x7 | _pool 192:1x1",
+    "6d": "avg   | 1x1 192:1x1 | 7x7 160:1x1 160:1x7 192:7x1 | "
+          "7x7dbl 160:1x1 160:7x1 160:1x7 160:7x1 192:1x7 | _pool 192:1x1",
+    "6e": "avg   | 1x1 192:1x1 | 7x7 192:1x1 192:1x7 192:7x1 | "
+          "7x7dbl 192:1x1 192:7x1 192:1x7 192:7x1 192:1x7 | _pool 192:1x1",
+    "7a": "max/2 | 3x3 192:1x1 320:3x3 | 7x7x3 192:1x1 192:1x7 192:7x1 192:3x3 | _pool",
+    "7b": "avg   | 1x1 320:1x1 | 3x3 384:1x1 384:1x3:3x1 | 3x3dbl 448:1x1 384:3x3 384:1x3:3x1 | _pool 192:1x1",
+    "7c": "max   | 1x1 320:1x1 | 3x3 384:1x1 384:1x3:3x1 | 3x3dbl 448:1x1 384:3x3 384:1x3:3x1 | _pool 192:1x1",
+}
+
 
 class ConvNorm(nn.Module):
     """Convolution, batch norm, ReLU. Keeps the size unless it has a stride or is not padded."""
 
     def __init__(self, inputs, outputs, kernel, stride=1, padded=True):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(k // 2 for k in kernel) if padded and stride == 1 else 0
+        kernel = [int(size) for size in kernel.split("x")]
+        padding = [size // 2 for size in kernel] if padded and stride == 1 else 0
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
@@ -62,53 +120,38 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, joined along channels: (B, inputs, h, w) -> (B, sum, h, w), halved with stride 2.
+    """A block of MIXED: (B, inputs, h, w) -> (B, self.outputs, h, w), or half the size."""
 
-    branches: {name: [step, ...]}; a step is (channels, kernel), or a list of two that read the same input. branch_pool
-    starts with the pool; the stride is the last step's. Names count the steps of a branch, _1, _2a, _2b, if it has several.
-    """
-
-    def __init__(self, inputs, pool, stride=1, **branches):
+    def __init__(self, inputs, line):
         super().__init__()
-        self.pool, self.stride, self.branches = pool, stride, {}
-        for branch, steps in branches.items():
-            width, self.branches[branch] = inputs, []
+        pool, *branches = line.split("|")
+        self.pool, self.stride, self.branches, self.outputs = pool.strip(), 2 if "/2" in pool else 1, {}, 0
+        for branch in branches:
+            name, *steps = branch.split()
+            width, self.branches[name] = inputs, []
             for k, step in enumerate(steps, 1):
-                number = f"_{k}" if len(steps) > 1 else ""
-                parts = {number + letter: part for letter, part in zip("ab", step)} if isinstance(step, list) else {number: step}
-                for suffix, (channels, kernel) in parts.items():
-                    self.add_module(branch + suffix, ConvNorm(width, channels, kernel, stride if k == len(steps) else 1))
-                self.branches[branch].append([branch + suffix for suffix in parts])
-                width = sum(channels for channels, _ in parts.values())
+                channels, *kernels = step.split(":")
+                number = f"_{k}" if len(steps) > 1 else ""                   # as the weights file counts: _1, _2a, _2b
+                names = [f"branch{name}{number}{letter}" for letter in ("ab" if len(kernels) > 1 else [""])]
+                for conv, kernel in zip(names, kernels):
+                    stride = self.stride if k == len(steps) else 1
+                    self.add_module(conv, ConvNorm(width, int(channels), kernel, stride))
+                self.branches[name].append(names)
+                width = int(channels) * len(kernels)
+            self.outputs += width
 
     def forward(self, x):
         outputs, padding = [], 2 - self.stride
         for branch, steps in self.branches.items():
             y = x
-            if branch == "branch_pool":
-                y = (F.max_pool2d(x, 3, self.stride, padding) if self.pool == "max" else
-                     F.avg_pool2d(x, 3, self.stride, padding, count_include_pad=False))
+            if branch == "_pool" and self.pool == "avg":
+                y = F.avg_pool2d(x, 3, self.stride, padding, count_include_pad=False)
+            elif branch == "_pool":
+                y = F.max_pool2d(x, 3, self.stride, padding)
             for names in steps:
-                y = torch.cat([getattr(self, name)(y) for name in names], 1)
+                y = torch.cat([self.get_submodule(name)(y) for name in names], 1)
             outputs.append(y)
         return torch.cat(outputs, 1)
-
-
-def mixed_a(inputs, pooled):             # -> 224 + pooled channels
-    return Mixed(inputs, "avg", branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
-                 branch_pool=[(pooled, 1)])
-
-
-def mixed_c(c):                          # 768 -> 768 channels
-    row, column = (1, 7), (7, 1)
-    return Mixed(768, "avg", branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, row), (192, column)],
-                 branch7x7dbl=[(c, 1), (c, column), (c, row), (c, column), (192, row)], branch_pool=[(192, 1)])
-
-
-def mixed_e(inputs, pool):               # -> 2048 channels
-    both = [(384, (1, 3)), (384, (3, 1))]
-    return Mixed(inputs, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), both], branch3x3dbl=[(448, 1), (384, 3), both],
-                 branch_pool=[(192, 1)])
 
 
 class Inception(nn.Module):
@@ -116,32 +159,33 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, padded=False)
-        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
-        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, padded=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_a(192, 32), mixed_a(256, 64), mixed_a(288, 64)
-        self.Mixed_6a = Mixed(288, "max", 2, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[])
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (mixed_c(c) for c in (128, 160, 160, 192))
-        self.Mixed_7a = Mixed(768, "max", 2, branch3x3=[(192, 1), (320, 3)],
-                              branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)], branch_pool=[])
-        self.Mixed_7b, self.Mixed_7c = mixed_e(1280, "avg"), mixed_e(2048, "max")
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, "3x3", stride=2)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, "3x3", padded=False)
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, "3x3")
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80, "1x1")
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, "3x3", padded=False)
+        channels = 192
+        for name, line in MIXED.items():
+            self.add_module(f"Mixed_{name}", Mixed(channels, line))
+            channels = self.get_submodule(f"Mixed_{name}").outputs
         self.fc = nn.Linear(2048, 1008)                                      # its weight serves the Inception Score
 
     def forward(self, x):
         x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))                        # (B, 32, 147, 147)
         x = F.max_pool2d(self.Conv2d_2b_3x3(x), 3, 2)                        # (B, 64, 73, 73)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)    # (B, 192, 35, 35)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                   # (B, 288, 35, 35)
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))    # (B, 768, 17, 17)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                    # (B, 2023): of the 1x1 branch, which comes first
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))    # (B, 2048, 8, 8)
+        for name in MIXED:                                                   # 5: 35 x 35, 6: 17 x 17, 7: 8 x 8
+            x = self.get_submodule(f"Mixed_{name}")(x)
+            if name == "6d":
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)            # (B, 2023): of the 1x1 branch
         return torch.cat([x.mean((2, 3)), spatial], 1)
 
 
 def prepare(images):
-    """(B, 3, H, W) uint8 -> (B, 3, 299, 299) floats in [-1, 1), by TensorFlow 1's bilinear rule without half-pixel centres."""
+    """(B, 3, H, W) uint8 -> (B, 3, 299, 299) floats in [-1, 1), resized by TensorFlow 1's bilinear rule.
+
+    That rule has no half-pixel centres: output pixel k reads the input at k * size / 299.
+    """
     x = images.float()
     for dim in (2, 3):
         size = x.shape[dim]
@@ -149,141 +193,203 @@ def prepare(images):
         low = source.long().clamp_max(size - 1)
         share = (source - low).view(-1, *[1] * (3 - dim))
         x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(size - 1)), share)
-    return x.sub_(128).div_(128)
+    return (x - 128) / 128
 
 
-def load_inception(choice=None, device=torch.device("cpu")):
-    """The network in eval mode; `origin` says whose figures these are: how the file's sha256 begins, or "random".
+def load_inception(place=None, device=torch.device("cpu")):
+    """The network, frozen. `origin` says whose figures these are: how the file's sha256 begins, or "random".
 
-    choice: a weights file, "random" (seeded, to try things offline), or None for the published weights, downloaded on first
-    use to torch.hub's folder. InputError when there is no such file, no internet, or another network in the file.
+    place: a weights file, "random" (seeded, to try things offline), or None for the published weights.
     """
-    with torch.random.fork_rng(devices=[]):                                  # a training run's random numbers stay its own
-        torch.manual_seed(0)
-        net = Inception()
+    with seed_0():
+        net = Inception().requires_grad_(False)
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     net.origin = "random"
-    if choice != "random":
-        path = choice or data.fetch(ADDRESS, ("sha256", PUBLISHED), "name it with --inception PATH; --inception random does "
-                                    "without, for trials only")
-        state = data.load_weights(path)
-        net.origin = data.file_digest(path)[:len(PUBLISHED)]
-        wanted = {name: value.shape for name, value in net.state_dict().items()}
-        if {name: getattr(value, "shape", None) for name, value in state.items()} != wanted:
-            raise InputError(f"{path} holds another network than the Inception of 2015-12-05, whose file is {WEIGHTS}")
-        net.load_state_dict(state)
+    if place != "random":
+        path = find_weights("inception", place)
+        data.load_weights(net, data.read_torch(path), path)
+        net.origin = data.file_digest(path)[:8]
     if device.type == "cpu":
         net.to(memory_format=torch.channels_last)                            # 1.7 times as fast there
-    return net.to(device).eval().requires_grad_(False)
+    return net.to(device).eval()
+
+
+# -----------------------------------------------------------------------------
+# ConvNeXt-S and LPIPS, in float32. Modules bear the names that torchvision's weight files give them.
+
+class Normalize(nn.Module):
+    """Images in [0, 1] -> ImageNet's mean 0 and deviation 1, a channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return (images - self.mean) / self.std
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.block = nn.ModuleDict({
+            "0": nn.Conv2d(width, width, 7, padding=3, groups=width), "2": nn.LayerNorm(width, eps=1e-6),
+            "3": nn.Linear(width, 4 * width), "5": nn.Linear(4 * width, width)})
+        self.layer_scale = nn.Parameter(torch.ones(width, 1, 1))
+
+    def forward(self, x):
+        y = self.block["2"](self.block["0"](x).permute(0, 2, 3, 1))                                  # (B, h, w, C)
+        y = self.block["5"](F.gelu(self.block["3"](y)))
+        return x + self.layer_scale * y.permute(0, 3, 1, 2)
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt-S (arXiv 2201.03545): images (B, 3, H, W) in [0, 1], seen at 224 x 224 -> ImageNet logits (B, 1000)."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Sequential(nn.Conv2d(3, 96, 4, stride=4), ChannelNorm(96, eps=1e-6))]
+        for width, depth in ((96, 3), (192, 3), (384, 27), (768, 3)):
+            if width > 96:
+                halving = nn.Conv2d(width // 2, width, 2, stride=2)
+                layers.append(nn.Sequential(ChannelNorm(width // 2, eps=1e-6), halving))
+            layers.append(nn.Sequential(*(ConvNeXtBlock(width) for _ in range(depth))))
+        self.normalize, self.features = Normalize(), nn.Sequential(*layers)
+        self.classifier = nn.Sequential(ChannelNorm(768, eps=1e-6), nn.Flatten(), nn.Linear(768, 1000))
+
+    def forward(self, images):
+        images = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
+        return self.classifier(self.features(self.normalize(images)).mean((2, 3), keepdim=True))
+
+
+class LPIPS(nn.Module):
+    """LPIPS with VGG16 (arXiv 1801.03924): two batches of images (B, 3, H, W) in [0, 1] -> distances (B,)."""
+
+    def __init__(self):
+        super().__init__()
+        layers, channels, self.ends = [], 3, []              # ends: the last ReLU of each of VGG16's five stages
+        for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(depth):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            self.ends.append(len(layers) - 1)
+            layers.append(nn.MaxPool2d(2))
+        self.normalize, self.features = Normalize(), nn.Sequential(*layers[:-1])
+        self.lin = nn.ParameterList(torch.rand(1, width, 1, 1) for width in (64, 128, 256, 512, 512))
+
+    def forward(self, a, b):
+        x, distance = self.normalize(torch.cat([a, b])), 0
+        for k, layer in enumerate(self.features):
+            x = layer(x)
+            if k in self.ends:
+                one, other = F.normalize(x.float(), dim=1).chunk(2)
+                weight = self.lin[self.ends.index(k)]
+                distance = distance + ((one - other).pow(2) * weight).sum(1).mean((1, 2))
+        return distance
+
+
+def load_judges(place, device):
+    """{"convnext": ConvNeXt, "lpips": LPIPS}, frozen, with public weights from the folder `place`, or downloaded once.
+
+    "random" gives seeded stand-ins, to try things offline. InputError when a file is missing, damaged or of another
+    network.
+    """
+    with seed_0():
+        judges = {"convnext": ConvNeXt(), "lpips": LPIPS()}
+    if place != "random":
+        paths = [find_weights(name, place) for name in ("convnext", "vgg", "lpips")]
+        convnext, vgg, lins = map(data.read_torch, paths)
+        lpips = {name: value for name, value in vgg.items() if name.startswith("features.")}
+        for k in range(5):
+            lpips[f"lin.{k}"] = lins.get(f"lin{k}.model.1.weight")
+        data.load_weights(judges["convnext"], convnext, paths[0])
+        data.load_weights(judges["lpips"], lpips, f"{paths[1]} with {paths[2]}")
+    return {name: net.to(device).eval().requires_grad_(False) for name, net in judges.items()}
 
 
 # -----------------------------------------------------------------------------
 # Where images come from
 
 class NpzImages:
-    """`arr_0` of an .npz, uint8 (n, H, W, 3), read from start to end and never in memory as a whole."""
+    """`arr_0` of an .npz, uint8 (n, H, W, 3), read image by image and never in memory as a whole."""
 
     def __init__(self, path):
-        self.path = path
-        if not os.path.isfile(path):
-            raise InputError(f"no such file: {path}")
+        self.path, self.file = path, None
         try:
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-                headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                self.shape, by_column, kind = headers[np.lib.format.read_magic(file)](file)
+            with zipfile.ZipFile(path).open("arr_0.npy") as file:
+                np.lib.format.read_magic(file)
+                self.shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
                 self.start = file.tell()
         except Exception as error:            # zipfile, zlib and numpy each have their own kinds
             raise InputError(f"{path} is not an .npz file of images (arr_0), or it is damaged ({error})") from None
-        if kind != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or by_column:
-            found = ("objects, as of images of different sizes" if kind == object else
-                     f"{kind} {self.shape}" + " in Fortran order" * by_column)
-            raise InputError(f"arr_0 in {path} must be images of one size, uint8 (n, H, W, 3) from 0 to 255; it is {found}")
+        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or by_column:
+            raise InputError(f"arr_0 in {path} must be images of one size, uint8 (n, H, W, 3) from 0 to 255; it is "
+                             f"{dtype} {self.shape}{' in Fortran order' if by_column else ''}")
 
     def __len__(self):
         return self.shape[0]
 
-    def batches(self, parts):
-        """The images at each list of indices in `parts`, all in rising order: (B, 3, H, W) uint8, and None for their classes."""
-        image = math.prod(self.shape[1:])
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-            for part in parts:
-                pixels = bytearray()
-                try:
-                    for index in part:
-                        file.seek(self.start + index * image)
-                        pixels += file.read(image)
-                    pixels = np.frombuffer(pixels, np.uint8).reshape(len(part), *self.shape[1:])
-                except Exception as error:    # zipfile, zlib and numpy each have their own kinds
-                    raise InputError(f"{self.path} is damaged or incomplete around image {part[0]} ({error})") from None
-                yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), None
+    def read(self, epoch, index):
+        size = math.prod(self.shape[1:])
+        try:
+            if self.file is None:             # here, so that every reading process has a handle of its own
+                self.file = zipfile.ZipFile(self.path).open("arr_0.npy")
+            self.file.seek(self.start + index * size)
+            pixels = np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape[1:])
+        except Exception as error:            # zipfile, zlib and numpy each have their own kinds
+            raise InputError(f"{self.path} is damaged or incomplete around image {index} ({error})") from None
+        return data.to_tensor(pixels), index
 
 
 class Folder:
-    """All images in a folder, at any depth, in the order of their paths; centre-cropped to crop x crop if that is given."""
+    """All images in a folder, at any depth, in the order of their paths; centre-cropped to crop x crop if given."""
 
     def __init__(self, folder, crop=None):
-        self.crop, self.size = crop, None
-        self.paths = sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
-                            if name.lower().endswith(data.IMAGE_SUFFIXES) and not name.startswith("."))
+        self.crop, self.paths = crop, data.image_files(folder)
 
     def __len__(self):
         return len(self.paths)
 
+    @functools.cached_property
+    def size(self):
+        return data.read_image(self.paths[0]).size
+
     def read(self, epoch, index):
         image = data.read_image(self.paths[index])
         if self.crop:
-            return data.to_tensor(data.centre_crop(image, self.crop)), index
-        self.size = self.size or data.read_image(self.paths[0]).size
+            return data.centre_crop(image, self.crop), index
         if image.size != self.size:
-            raise InputError(f"images must be of one size: {self.paths[index]} is {image.width}x{image.height}, {self.paths[0]} "
-                             f"{self.size[0]}x{self.size[1]}; --crop N makes them N x N as ADM prepares ImageNet")
+            raise InputError(f"images must be of one size: {self.paths[index]} is {image.width}x{image.height}, "
+                             f"{self.paths[0]} {self.size[0]}x{self.size[1]}; --crop N makes them N x N as ADM prepares "
+                             "ImageNet")
         return data.to_tensor(np.asarray(image)), index
 
 
-def ahead(batches):
-    """The same batches, each read by a thread while the one before is worked on; unpacking does not hold Python's lock."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield batch
+def image_batches(images, name, args):
+    """This rank's share of --num-images of a set, evenly spread, with a progress bar.
 
-
-def image_batches(images, count, name, batch_size=64, workers=0):
-    """This rank's share of `count` images, evenly spread, of a NpzImages, a Folder or a data set of data.py, with a progress bar.
-
-    Yields their places among the `count`, as a range, and the images (B, 3, H, W) uint8.
+    Yields their places in the whole selection, a slice, and the images (B, 3, H, W) uint8.
     """
-    rank, ranks = data.rank_and_count()
-    chosen = data.spread(len(images), count)
-    spans = [range(at, min(at + batch_size, count)) for at in range(rank * batch_size, count, ranks * batch_size)]
-    if isinstance(images, NpzImages):
-        stream = ahead(images.batches([[chosen[k] for k in span] for span in spans]))
-    else:
-        stream = data.batches(images, [[(0, chosen[k]) for k in span] for span in spans], workers)
-    with tqdm(total=count, desc=name, unit="img", disable=rank > 0) as progress:
+    chosen = data.spread(len(images), args.num_images or len(images))
+    spans = data.rank_spans(len(chosen), args.batch_size)
+    stream = data.batches(images.read, [[(0, index) for index in chosen[span]] for span in spans], args.workers)
+    with tqdm(total=len(chosen), desc=name, unit="img", disable=data.rank() > 0) as progress:
         for span, (pixels, _) in zip(spans, stream):
             yield span, pixels
-            progress.update(min(len(span) * ranks, count - progress.n))
+            progress.update(min(len(pixels) * data.world_size(), len(chosen) - progress.n))
 
 
 # -----------------------------------------------------------------------------
 # Statistics of many images
-
-@contextlib.contextmanager
-def full_precision():
-    """float32 means float32 in here, where cuDNN's defaults and training allow TF32."""
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
-
 
 def gaussian(rows):
     """(n, D) -> mean (D,), covariance (D, D), in float64 on the CPU."""
@@ -293,88 +399,57 @@ def gaussian(rows):
     return mean.cpu(), scatter.cpu() / (len(rows) - 1)
 
 
-class Features:
-    """Collects the features of `count` images, of which each rank adds its share. InputError for fewer than two."""
-
-    def __init__(self, count, net, device, where=""):
-        if count < 2:
-            raise InputError(f"statistics need two images at least, found {count}{where}")
-        self.net, self.device, self.seconds = net, device, 0.0               # seconds: in the network
-        self.rows = torch.zeros(count, 4071, device=device)
-
-    @torch.no_grad()
-    def add(self, indices, images):
-        """indices: a range of places in the whole set. images: (B, 3, H, W) uint8 on any device."""
-        with full_precision():
-            x = prepare(images.to(self.device, non_blocking=True))
-            began = self.clock()
-            rows = self.net(x)
-            self.seconds += self.clock() - began
-        self.rows[indices.start:indices.stop] = rows
-
-    def clock(self):
-        data.wait_for(self.device)
-        return time.perf_counter()
-
-    def finish(self):
-        """On rank 0 {"mu", "sigma": of the pool features, "mu_s", "sigma_s": of the spatial ones, "pool": (count, 2048),
-        "count"}, on the others {}. Every rank calls it."""
-        if dist.is_initialized():
-            dist.reduce(self.rows, 0)         # every image was read by one rank and is zero on the others
-        if data.rank_and_count()[0] > 0:
-            return {}
-        pool, spatial = self.rows.split([2048, 2023], 1)
-        return dict(zip([*STATISTICS, "pool", "count"], [*gaussian(pool), *gaussian(spatial), pool, len(pool)]))
+def extract(images, net, device, name, args):
+    """`statistics` of --num-images images of a set, by default of all."""
+    rows = torch.zeros(min(len(images), args.num_images or len(images)), 4071, device=device)
+    for places, pixels in image_batches(images, name, args):
+        rows[places] = net(prepare(pixels.to(device, non_blocking=True)))
+    return statistics(rows, name)
 
 
-def extract(images, net, device, count=None, name="features", benchmark=False, **options):
-    """What Features.finish says of `count` images, by default all; InputError for fewer than two. options: of `image_batches`.
+def statistics(rows, name):
+    """Features (n, 4071), each image's on one rank and zero on the others -> on rank 0 {"mu", "sigma": of the pool
+    features, "mu_s", "sigma_s": of the spatial ones, "pool": (n, 2048), "count"}, on the others {}.
 
-    benchmark: also print the share of time outside the network, from the second batch on, since the first warms up.
+    InputError for fewer than two images.
     """
-    count = min(len(images), count or len(images))
-    features, began = Features(count, net, device, f" in {name}"), None
-    for batch in image_batches(images, count, name, **options):
-        features.add(*batch)
-        if began is None:
-            began, features.seconds = time.perf_counter(), 0.0
-    if benchmark and features.seconds and data.rank_and_count()[0] == 0:
-        share = 1 - features.seconds / (time.perf_counter() - began)
-        print(f"{name}: {share:.1%} of the time was spent outside the network", file=sys.stderr)
-    return features.finish()
+    if len(rows) < 2:
+        raise InputError(f"statistics need two images at least, found {len(rows)} in {name}")
+    if dist.is_initialized():
+        dist.reduce(rows, 0)
+    if data.rank() > 0:
+        return {}
+    pool, spatial = rows.split([2048, 2023], 1)
+    return dict(zip([*STATISTICS, "pool", "count"], [*gaussian(pool), *gaussian(spatial), pool, len(pool)]))
 
 
-def load_statistics(path, net, device, crop=None, **options):
+def load_statistics(path, net, device, args):
     """Like Features.finish, of an .npz of images or statistics or both, or of a folder; without what can't be known.
 
-    crop: for a folder; options: for `extract`. InputError for anything else, and for statistics of another network.
+    InputError for anything else, and for statistics of another network.
     """
     if os.path.isdir(path):
-        return extract(Folder(path, crop), net, device, name=path, **options)
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is not an .npz file, or it is damaged")
+        return extract(Folder(path, args.crop), net, device, path, args)
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in [*STATISTICS, "count", "inception"] if name in file.files}
             names = file.files
-        images = NpzImages(path) if "arr_0" in names else None
-    except InputError:
-        raise
+            stored = {name: file[name] for name in [*STATISTICS, "count", "inception"] if name in names}
     except Exception as error:                # zipfile, zlib and numpy each have their own kinds
         raise InputError(f"{path} is not an .npz file, or it is damaged ({error})") from None
     for name, shape in STATISTICS.items():
-        if name in found and (found[name].shape != shape or found[name].dtype.kind != "f" or not np.isfinite(found[name]).all()):
-            raise InputError(f"{name} in {path} must be finite floats {shape}, it is {found[name].dtype} {found[name].shape}")
-    if "arr_0" not in names and not {"mu", "sigma"} <= set(found):
-        raise InputError(f"{path} has neither images (arr_0) nor statistics (mu, sigma), only {', '.join(names) or 'nothing'}")
-    origin = str(found.get("inception", PUBLISHED))
-    if "mu" in found and origin != net.origin:
+        if name in stored and (stored[name].shape != shape or not np.isfinite(stored[name]).all()):
+            raise InputError(f"{name} in {path} must be finite floats {shape}, it is {stored[name].dtype} "
+                             f"{stored[name].shape}")
+    if "arr_0" not in names and not {"mu", "sigma"} <= stored.keys():
+        raise InputError(f"{path} has neither images (arr_0) nor statistics (mu, sigma), only {', '.join(names)}")
+    origin = str(stored.pop("inception", PUBLISHED))
+    if "mu" in stored and origin != net.origin:
         raise InputError(f"the statistics in {path} come from the Inception {origin}, this run's is {net.origin}")
-    statistics = extract(images, net, device, name=path, **options) if "arr_0" in names else {}
-    if "mu" in found:
-        statistics.pop("count", None)         # of a subset of the images that the statistics are of
-    return {**statistics, **{name: torch.from_numpy(found[name]).double() for name in STATISTICS if name in found},
-            **{name: int(found[name]) for name in ["count"] if name in found}}
+    statistics = extract(NpzImages(path), net, device, path, args) if "arr_0" in names else {}
+    count = stored.pop("count", None)
+    if "mu" in stored:
+        statistics["count"] = None if count is None else int(count)          # of the images that the statistics are of
+    return statistics | {name: torch.from_numpy(value).double() for name, value in stored.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -411,34 +486,34 @@ def precision_recall(reference, samples, k=3, block=25_000_000):
     """Share of samples within the reference's manifold, and of the reference within theirs (Kynkaanniemi et al.).
 
     A manifold is the union of balls around features, each as wide as the distance to the k-th nearest other feature.
-    reference (n, D), samples (m, D), on one device; `block` distances are held at a time. None twice for k images or fewer.
+    reference (n, D), samples (m, D), on one device; `block` distances are held at a time. None twice for k images or
+    fewer.
     """
     if min(len(reference), len(samples)) <= k:
         return None, None
-    sets = [x - reference.mean(0) for x in (reference, samples)]             # |a|^2 + |b|^2 - 2ab is exact for small a, b only
+    reference, samples = reference - reference.mean(0), samples - reference.mean(0)   # small numbers: exact distances
 
-    def distances(a, b):                      # squared, from blocks of a to all of b: (rows, len(b)) each
-        squares = b.square().sum(1)
-        for rows in a.split(max(1, block // len(b))):
-            yield torch.addmm(squares, rows, b.T, alpha=-2).add_(rows.square().sum(1, keepdim=True))
+    def distances(a, b):                      # from blocks of a to all of b: (rows, len(b)) each
+        return (torch.cdist(rows, b) for rows in a.split(max(1, block // len(b))))
 
-    with full_precision():                    # the nearest feature of all is the feature itself
-        radii = [torch.cat([d.topk(k + 1, largest=False).values[:, k] for d in distances(x, x)]) for x in sets]
-        return tuple(torch.cat([(d <= radii[at]).any(1) for d in distances(sets[1 - at], sets[at])]).float().mean().item()
-                     for at in (0, 1))
+    def covered(points, centres):             # the nearest centre of all to a centre is the centre itself
+        radii = torch.cat([d.topk(k + 1, largest=False).values[:, k] for d in distances(centres, centres)])
+        return torch.cat([(d <= radii).any(1) for d in distances(points, centres)]).float().mean().item()
+
+    return covered(samples, reference), covered(reference, samples)
 
 
 def compare(reference, samples, net):
     """Two results of `load_statistics` -> {"FID", "sFID", "IS", "precision", "recall"}: numbers, None where unknown."""
-    def distance(*names):
-        known = set(names) <= set(reference) & set(samples)
-        return frechet_distance(*(x[name] for x in (reference, samples) for name in names)) if known else None
-
-    pools = [x.get("pool") for x in (reference, samples)]
-    precision, recall = (None, None) if any(pool is None for pool in pools) else precision_recall(*pools)
-    return {"FID": distance("mu", "sigma"), "sFID": distance("mu_s", "sigma_s"),
-            "IS": None if pools[1] is None else inception_score(pools[1], net.fc.weight),
-            "precision": precision, "recall": recall}
+    scores = dict.fromkeys(["FID", "sFID", "IS", "precision", "recall"])
+    for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+        if mu in reference and mu in samples:
+            scores[name] = frechet_distance(reference[mu], reference[sigma], samples[mu], samples[sigma])
+    if "pool" in samples:
+        scores["IS"] = inception_score(samples["pool"], net.fc.weight)
+        if "pool" in reference:
+            scores["precision"], scores["recall"] = precision_recall(reference["pool"], samples["pool"])
+    return scores
 
 
 def psnr(a, b):
@@ -449,223 +524,122 @@ def psnr(a, b):
 def ssim(a, b):
     """Structural similarity of each pair of images in [0, 1]: (B, 3, H, W) twice -> (B,). InputError below 11 pixels.
 
-    Wang et al.'s: Gaussian window 11 x 11 of sigma 1.5, wholly inside the image, K 0.01 and 0.03, data range 1, RGB averaged.
+    Wang et al.'s: Gaussian window 11 x 11 of sigma 1.5, wholly inside the image, K 0.01 and 0.03, data range 1, RGB
+    averaged.
     """
     if min(a.shape[2:]) < 11:
         raise InputError(f"SSIM needs images of 11 pixels a side at least, these are {a.shape[3]}x{a.shape[2]}")
-    window = torch.exp(-torch.arange(-5.0, 6.0, device=a.device).square() / (2 * 1.5 ** 2))
-    window = window / window.sum()
-    planes = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1)[:, None]                                # (15 B, 1, H, W)
-    planes = F.conv2d(F.conv2d(planes, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
-    mean_a, mean_b, aa, bb, ab = planes.view(5, len(a), -1)
-    c1, c2, product, squares = 0.01 ** 2, 0.03 ** 2, mean_a * mean_b, mean_a ** 2 + mean_b ** 2
-    return ((2 * product + c1) * (2 * (ab - product) + c2) / ((squares + c1) * (aa + bb - squares + c2))).mean(1)
+    line = torch.exp(-torch.arange(-5.0, 6.0, device=a.device).square() / (2 * 1.5 ** 2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
+
+    def local_mean(x):
+        return F.conv2d(x, window, groups=3)
+
+    mean_a, mean_b = local_mean(a), local_mean(b)
+    product, squares = mean_a * mean_b, mean_a ** 2 + mean_b ** 2
+    covariance, variances = local_mean(a * b) - product, local_mean(a * a + b * b) - squares
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    return ((2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))).mean((1, 2, 3))
 
 
-@torch.no_grad()
-def tokenizer_metrics(tokenizer, images, net, device, count=None, **options):
-    """How well a tokenizer reconstructs `count` pictures of a data set of its image size; options: of `image_batches`.
+def tokenizer_metrics(tokenizer, images, net, device, args):
+    """How well a tokenizer reconstructs --num-images pictures of a data set of its image size.
 
-    -> {"rFID", "PSNR" in dB, "SSIM", "codebook_use": share of codes that occur, "codebook_entropy" in bits}; {} on ranks
-    above 0. Reconstructions are rounded to 8 bits, as saved pictures are. InputError for fewer than two pictures.
+    -> {"rFID", "PSNR" in dB, "SSIM", "codebook_use": share of codes that occur}, and the number of pictures; {} on ranks
+    above 0. Reconstructions are rounded to 8 bits, as saved pictures are.
     """
-    count = min(len(images), count or len(images))
-    real, painted = Features(count, net, device), Features(count, net, device)
-    used, sums = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64, device=device), {"PSNR": 0.0, "SSIM": 0.0}
-    for indices, pixels in image_batches(images, count, "reconstructing", **options):
+    count = min(len(images), args.num_images or len(images))
+    real, painted = torch.zeros(2, count, 4071, device=device)
+    totals = torch.zeros(2 + tokenizer.config.codebook_size, dtype=torch.float64)      # PSNR, SSIM, each code
+    for places, pixels in image_batches(images, "reconstructing", args):
         before = data.to_float(pixels, device)
         tokens = tokenizer.encode(before)
         after = (tokenizer.decode(tokens) * 255).round().byte()
-        real.add(indices, pixels)
-        painted.add(indices, after)
-        used += torch.bincount(tokens.flatten(), minlength=len(used))
-        with full_precision():
-            for name, measure in (("PSNR", psnr), ("SSIM", ssim)):
-                sums[name] += measure(data.to_float(after, device), before).sum().item()
-    if dist.is_initialized():
-        dist.all_reduce(used)
-    means = {name: total / count for name, total in zip(sums, data.over_ranks(list(sums.values())))}
-    real, painted, share = real.finish(), painted.finish(), used.cpu().double() / used.sum().item()
+        real[places], painted[places] = net(prepare(pixels.to(device))), net(prepare(after))
+        after = data.to_float(after, device)
+        totals[:2] += torch.stack([psnr(after, before).sum(), ssim(after, before).sum()]).cpu()
+        totals[2:] += tokens.flatten().bincount(minlength=len(totals) - 2).cpu()
+    psnr_sum, ssim_sum, *codes = data.over_ranks(totals.tolist())
+    real, painted = statistics(real, args.data), statistics(painted, args.data)
     if not real:
-        return {}
-    rfid = frechet_distance(real["mu"], real["sigma"], painted["mu"], painted["sigma"])
-    return {"rFID": rfid, **means, "codebook_use": (share > 0).double().mean().item(),
-            "codebook_entropy": torch.special.entr(share).sum().item() / math.log(2)}
-
-
-# -----------------------------------------------------------------------------
-# Are samples of the built-in pictures what was asked for?
-
-def shape_classifier(size, steps=800):
-    """A small network, trained on the true pictures for about a minute: images (B, 3, size, size) in [0, 1] -> logits (B, 30), ten
-    each for shape, colour and background. Half of its training is on blurred pictures, so that softness is no clue."""
-    def stage(inputs, outputs):
-        return [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU(),
-                nn.Conv2d(outputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    torch.manual_seed(0)
-    net = nn.Sequential(*stage(3, 32), *stage(32, 64), *stage(64, 128), *stage(128, 128), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                        nn.Linear(128 * 16, 30))
-    optimizer = torch.optim.AdamW(net.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    stream = data.batches(data.Shapes("train", size, 0, 50_000), data.batch_keys(50_000, 0, 64, 1, 0, 0, 1))
-    for step, (images, labels) in zip(tqdm(range(steps), desc="classifier"), stream):
-        images = images.float() / 255 + 0.02 * torch.randn(len(images), 3, 1, 1)
-        if step % 2:
-            images = F.interpolate(F.avg_pool2d(images, 2), (size, size), mode="bilinear")
-        logits = net(images.clamp(0, 1)).view(-1, 3, 10)
-        F.cross_entropy(logits.flatten(0, 1), data.shape_digits(labels).flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return net.eval()
-
-
-@torch.no_grad()
-def shape_accuracy(classifier, images, labels):
-    """Images (n, 3, H, W) in [0, 1] of classes (n,) -> shares right: {"shape", "colour", "background", "all"}."""
-    found = torch.cat([classifier(part).view(-1, 3, 10).argmax(2) for part in images.split(100)])
-    right = found == data.shape_digits(labels)
-    return {**dict(zip(("shape", "colour", "background"), right.double().mean(0).tolist())),
-            "all": right.all(1).double().mean().item()}
-
-
-def last_evaluations(folder):
-    """What a run's log.jsonl says last of each stage: {"stage 1 val_psnr": number, "ar val_loss": number, ...}. {} without one."""
-    values, path = {}, os.path.join(folder, "log.jsonl")
-    if os.path.exists(path):
-        with open(path) as file:
-            for line in (json.loads(line) for line in file if line.endswith("\n")):           # a last line may be half written
-                values |= {f"{line['run'].removeprefix('tokenizer ')} {name}": value for name, value in line.items()
-                           if name.startswith(("val_", "train_")) and value is not None}
-    return values
-
-
-def judge_shapes(paths, png=None, steps=800):
-    """Print a table of what samples of the built-in pictures show: shares right, and the Frechet distance to true pictures in the
-    classifier's features; the same of validation pictures, as a ceiling.
-
-    paths: .npz files of samples, classes in turn, or folders of runs with samples.npz and log.jsonl, whose last evaluations are
-        shown, too. Folders that differ only in a final -number share a column: mean and standard deviation over them.
-    png: where a grid goes, a row for each column of the table, of its first folder or file.
-    steps: of the classifier's training.
-    """
-    def true_pictures(split, count):
-        pictures = data.Shapes(split, size, 0, count)
-        return torch.stack([pictures.read(0, k)[0] for k in range(count)])
-
-    def judge(images):
-        images = images.float() / 255
-        with torch.no_grad():
-            features = torch.cat([classifier[:-3](part).mean((2, 3)) for part in images.split(100)])
-        return {f"samples {name}": share for name, share in
-                shape_accuracy(classifier, images, torch.arange(len(images)) % 1000).items()}, gaussian(features)
-
-    files = [NpzImages(os.path.join(path, "samples.npz") if os.path.isdir(path) else path) for path in paths]
-    size = files[0].shape[1]
-    if any(file.shape[1:3] != (size, size) for file in files):
-        raise InputError(f"--shapes takes square pictures of one size, found {', '.join(str(file.shape[1:3]) for file in files)}")
-    classifier = shape_classifier(size, steps)
-    _, reference = judge(true_pictures("train", 5000))
-    columns, shown = {}, {}
-    for path, images in (*((path, next(file.batches([range(len(file))]))[0]) for path, file in zip(paths, files)),
-                         ("true pictures", true_pictures("val", 1000))):
-        shares, found = judge(images)
-        values = {**(last_evaluations(path) if os.path.isdir(path) else {}), **shares,
-                  "samples Frechet distance": frechet_distance(*reference, *found)}
-        name = re.sub(r"-\d+$", "", os.path.normpath(path)) if os.path.isdir(path) else path
-        shown.setdefault(name, images[[k * len(images) // 16 for k in range(16)]])           # 16, to fill its row, also of fewer
-        for what, value in values.items():
-            columns.setdefault(name, {}).setdefault(what, []).append(value)
-    if png:
-        data.save_grid(png, torch.cat(list(shown.values())) / 255, 16)
-    rows = dict.fromkeys(what for values in columns.values() for what in values)
-    counts = [len(next(iter(values.values()))) for values in columns.values()]
-    print("| | " + " | ".join(name + (f" ({count} runs)" if count > 1 else "") for name, count in zip(columns, counts)) + " |\n" +
-          "|---" * (1 + len(columns)) + "|")
-    for what in rows:
-        cells = [values.get(what, []) for values in columns.values()]
-        print(f"| {what} | " + " | ".join((f"{np.mean(cell):.4g}" + (f" ± {np.std(cell, ddof=1):.2g}" if len(cell) > 1 else ""))
-                                          if cell else "" for cell in cells) + " |")
+        return {}, count
+    return {"rFID": frechet_distance(real["mu"], real["sigma"], painted["mu"], painted["sigma"]),
+            "PSNR": psnr_sum / count, "SSIM": ssim_sum / count, "codebook_use": np.mean(np.array(codes) > 0)}, count
 
 
 # -----------------------------------------------------------------------------
 
-def report(values, net, counts, as_json):
+UNITS = {"PSNR": "dB", "SSIM": "", "codebook_use": "of the codes"}           # these need no Inception
+
+
+def report(scores, net, counts, as_json):
     """Print {name: number or None} for people or, as JSON, for machines; warnings go to stderr."""
-    notes, published = [], net.origin == PUBLISHED
+    warnings, published = [], net.origin == PUBLISHED
     if not published:
-        notes.append("Inception is " + ("a random network" if net.origin == "random" else f"of other weights, {net.origin}") +
-                     ": its figures are not comparable with published ones")
+        warnings.append(f"Inception is not the published one but {net.origin}: its figures compare with no others")
     few = [count for count in counts if count is not None and count < FEW_IMAGES]
-    if few and not {"FID", "rFID"}.isdisjoint(values):
-        notes.append(f"FID of {min(few)} images is biased upwards; compare it only with figures of as many images")
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
+    if few and len(scores) > 1:               # an Inception Score alone is no FID
+        warnings.append(f"FID of {min(few)} images is biased upwards; compare it only with figures of as many images")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if as_json:
-        print(json.dumps({**values, "images": counts, "inception": net.origin, "comparable": published, "warnings": notes}))
+        print(json.dumps({**scores, "images": counts, "inception": net.origin, "comparable": published,
+                          "warnings": warnings}))
         return
-    units = {"PSNR": "dB", "SSIM": "", "codebook_use": "of the codes", "codebook_entropy": "bits"}     # no Inception in these
-    for name, value in values.items():
-        unit = units.get(name, "" if published else "(not comparable with published figures)")
-        print(f"{name:<17}" + ("unknown (it takes images, 4 at least)" if value is None else f"{value:.6g} {unit}".rstrip()))
+    for name, value in scores.items():
+        unit = UNITS.get(name, "" if published else "(not comparable with published figures)")
+        known = "unknown (it takes images, 4 at least)" if value is None else f"{value:.6g} {unit}"
+        print(f"{name:<17}{known}".rstrip())
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("reference", nargs="?", help=".npz of images or statistics, or folder; alone, it gets an Inception Score")
+    add("samples", nargs="?", help="likewise; judged against the reference")
+    add("--tokenizer", help="judge this tokenizer's reconstructions of --data")
+    add("--data", help="'shapes', the built-in validation pictures, or a folder of images, to be centre-cropped")
+    add("--num-images", type=data.number(int, 2), help="so many images of each set, evenly spread (default: all)")
+    add("--crop", type=data.positive, help="make a folder's images this size: shorter side resized, centre cropped")
+    add("--save-stats", metavar="NPZ", help="write mu, sigma, mu_s and sigma_s of the last argument")
+    add("--inception", metavar="PATH", help="weights file (default: downloaded once), or 'random', for trials")
+    add("--batch-size", type=data.positive, default=64, help="(%(default)s)")
+    add("--json", action="store_true", help="print one JSON object")
+    data.add_device_arguments(parser)
+    args = parser.parse_args()
+    if bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
+        parser.error("name one or two sets of images, or --tokenizer and --data")
+    if args.tokenizer and (args.crop or args.save_stats):
+        parser.error("--crop and --save-stats go with sets of images, not with --tokenizer")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", nargs="?", help=".npz of images or statistics, or folder; alone, it gets an Inception Score")
-    parser.add_argument("samples", nargs="?", help="likewise; judged against the reference")
-    parser.add_argument("--tokenizer", help="judge this tokenizer's reconstructions of --data")
-    parser.add_argument("--shapes", nargs="+", metavar="PATH", help="how many samples of the built-in pictures show the class asked "
-                        "for: .npz files, or folders of runs, averaged where they differ only in a final -number")
-    parser.add_argument("--png", help="with --shapes: also a grid of samples, a row for each column of the table")
-    parser.add_argument("--data", help="'shapes', the built-in validation pictures, or a folder of images, to be centre-cropped")
-    parser.add_argument("--num-images", type=int, help="so many images of each set, evenly spread (default: all; 1000 of shapes)")
-    parser.add_argument("--crop", type=int, help="make a folder's images this size: shorter side resized, centre cropped")
-    parser.add_argument("--save-stats", metavar="NPZ", help="write mu, sigma, mu_s and sigma_s of the last argument")
-    parser.add_argument("--inception", metavar="PATH", help="weights file (default: downloaded once), or 'random', for trials")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, help="processes a rank that read a folder (default: 8 with a GPU, else 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--benchmark", action="store_true", help="also print the share of time spent outside the network")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    args = parser.parse_args()
-    for flag, value, low in (("num-images", args.num_images, 2), ("crop", args.crop, 1), ("batch-size", args.batch_size, 1),
-                             ("workers", args.workers, 0)):
-        if value is not None and value < low:
-            raise InputError(f"--{flag} is at least {low}, found {value}")
-    if args.shapes and not (args.tokenizer or args.data or args.reference):
-        return judge_shapes(args.shapes, args.png)
-    if args.png:
-        raise InputError("--png goes with --shapes alone")
-    if args.shapes or bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
-        raise InputError("name one or two sets of images, or --tokenizer and --data, or --shapes")
-    if args.tokenizer and (args.crop or args.save_stats or args.benchmark):
-        raise InputError("--crop, --save-stats and --benchmark go with sets of images, not with --tokenizer")
+    args = parse_args()
     paths = [path for path in (args.reference, args.samples, args.data) if path and path != "shapes"]
     for path in paths:                        # before anything is downloaded
         if not os.path.exists(path):
             raise InputError(f"no such file or folder: {path}")
-    rank, _, device = data.start_ranks(args.device)
-    options = dict(count=args.num_images, batch_size=args.batch_size,
-                   workers=(0 if device.type == "cpu" else 8) if args.workers is None else args.workers)
+    device = data.start(args)
+    torch.backends.cudnn.allow_tf32 = False   # published figures are of float32
+    torch.set_grad_enabled(False)
+    net = load_inception(args.inception, device)
     if args.tokenizer:
-        tokenizer, net = load_tokenizer(args.tokenizer, device), load_inception(args.inception, device)
+        tokenizer = load_tokenizer(args.tokenizer, device)
         size = tokenizer.config.image_size
-        images = data.Shapes("val", size, 0, args.num_images or 1000) if args.data == "shapes" else Folder(args.data, size)
-        values = tokenizer_metrics(tokenizer, images, net, device, **options)
-        counts = [min(len(images), args.num_images or len(images))]
+        images = data.Shapes("val", size, length=args.num_images) if args.data == "shapes" else Folder(args.data, size)
+        scores, count = tokenizer_metrics(tokenizer, images, net, device, args)
+        counts = [count]
     else:
-        net = load_inception(args.inception, device)
-        sets = [load_statistics(path, net, device, args.crop, benchmark=args.benchmark, **options) for path in paths]
-        if rank == 0:
-            values, counts = compare(sets[0], sets[-1], net), [x.get("count") for x in sets]
-            values = values if args.samples else {"IS": values["IS"]}
-            if args.save_stats:
-                arrays = {name: value for name, value in sets[-1].items() if name != "pool"}
-                data.replace_file(args.save_stats, lambda file: np.savez(file, **arrays, inception=net.origin))
-    if rank == 0:
-        report(values, net, counts, args.json)
+        sets = [load_statistics(path, net, device, args) for path in paths]
+        scores, counts = compare(sets[0], sets[-1], net), [statistics.get("count") for statistics in sets]
+        if not args.samples:
+            scores = {"IS": scores["IS"]}
+    if data.rank() == 0:
+        if args.save_stats:
+            arrays = {name: value for name, value in sets[-1].items() if name != "pool" and value is not None}
+            data.replace_file(args.save_stats, lambda file: np.savez(file, **arrays, inception=net.origin))
+        report(scores, net, counts, args.json)
 
 
 if __name__ == "__main__":

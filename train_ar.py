@@ -3,12 +3,9 @@
     python train_ar.py                                            # finds out/tokenizer.pt, a CPU is enough
     torchrun --nproc_per_node=8 train_ar.py --preset B --data imagenet/train --val-data imagenet/val
 
-Builds the token cache in --cache when it is missing. Writes to --out: ar_state.pt (training state, --resume goes on from
-it), ar.pt (the finished model), log.jsonl and pictures/.
+Builds the token cache in --cache when it is missing. Writes to --out: ar_state.pt (training state, --resume goes on
+from it), ar.pt (the finished model), log.jsonl and pictures/.
 """
-import argparse
-import itertools
-import math
 from dataclasses import asdict
 
 import torch
@@ -16,65 +13,40 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-import fid
 from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
-from data import InputError
 from tokenizer import load_tokenizer
-from train_tokenizer import (FIXED, CarefulAdamW, add_run_arguments, check_resumed, check_run_arguments, learning_rate, no_sync,
-                             refuse_overwrite, wrap)
 
 PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
 RECIPES = {
     "tiny": dict(steps=9000, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
     "B": PAPER, "L": PAPER, "XL": {**PAPER, "steps": 250_000},
 }
+BETAS, WEIGHT_DECAY = (0.9, 0.96), 0.03
 
 
-def seed_step(seed, step, rank):
-    """Dropout masks follow from (seed, step, rank): a resumed run draws the same ones, other ranks or micro-batches others."""
-    torch.manual_seed(int(data.generator("step", seed, step, rank).integers(2 ** 62)))
-
-
-def drop_classes(classes, keys, probability, seed, null):
+def drop_classes(classes, keys, probability, seed, n, null):
     """Each (epoch, index) of `keys` loses its class with the given probability: classes (B,) -> (B,), `null` where lost."""
-    lost = torch.from_numpy(data.key_uniforms("class dropout", seed, keys) < probability)
+    lost = torch.from_numpy(data.key_uniforms("class dropout", seed, keys, n) < probability)
     return torch.where(lost, null, classes)
 
 
 @torch.no_grad()
-def evaluate(model, cache, keys, args, device, rank, ranks):
-    """Judge the model on the images at `keys`, (epoch, index), of a cache. -> {"loss": nats a token, "accuracy": share of tokens that
-    are the likeliest, both also with _prefix, _first_row and _rest for those parts alone, "bits_per_image"}"""
+def evaluate(model, cache, keys, args, device):
+    """Judge the model on the images at `keys`, (epoch, index), of a cache.
+
+    -> {"loss": nats a token, "accuracy": share of tokens that are the likeliest}. InputError when training has diverged.
+    """
     model.eval()
-    N, P, g = model.config.num_tokens, model.config.prefix_tokens, model.config.grid
-    sums = torch.zeros(2, N, dtype=torch.double)
-    for at in range(rank * 32, len(keys), ranks * 32):
-        tokens, classes = (t.to(device) for t in cache.batch(keys[at:at + 32], args.seed))
+    loss = accuracy = 0.0
+    for span in data.rank_spans(len(keys), 32):
+        tokens, classes = (t.to(device) for t in cache.batch(keys[span], args.seed))
         logits = model(tokens[:, :-1], classes).float()
-        sums[0] += F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").double().sum(0).cpu()
-        sums[1] += (logits.argmax(-1) == tokens).double().sum(0).cpu()
+        loss += F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").double().sum().item()
+        accuracy += (logits.argmax(-1) == tokens).sum().item()
     model.train()
-    means = torch.tensor(data.over_ranks(sums.flatten().tolist())).view(2, N) / len(keys)
-    if not means.isfinite().all():
-        raise InputError("the loss on whole images is not finite any more: training has diverged; start anew with a lower --lr")
-    parts = {"": slice(N), "_prefix": slice(P), "_first_row": slice(P, P + g), "_rest": slice(P + g, N)}
-    return {"bits_per_image": means[0].sum().item() / math.log(2),
-            **{f"{name}{part}": values[where].mean().item() for name, values in zip(("loss", "accuracy"), means)
-               for part, where in parts.items() if len(values[where])}}
-
-
-def judge_samples(model, tokenizer, reference, inception, args, device, rank, ranks):
-    """fid.py's metrics of --eval-images samples, of classes evenly spread, against validation images; {} on ranks above 0."""
-    model.eval()
-    features, classes = fid.Features(args.eval_images, inception, device), data.spread(model.config.num_classes, args.eval_images)
-    for at in range(rank * 32, args.eval_images, ranks * 32):
-        numbers = range(at, min(at + 32, args.eval_images))
-        tokens = model.generate(torch.tensor([classes[k % len(classes)] for k in numbers]),
-                                image_uniforms(args.seed, numbers, model.config.num_tokens))
-        features.add(numbers, (tokenizer.decode(tokens) * 255).round().byte())
-    model.train()
-    samples = features.finish()
-    return fid.compare(reference, samples, inception) if samples else {}
+    loss, accuracy = (total / len(keys) / model.config.num_tokens for total in data.over_ranks([loss, accuracy]))
+    data.check_finite("the loss on whole images", loss)
+    return {"loss": loss, "accuracy": accuracy}
 
 
 def paint_samples(model, tokenizer, path, seed, n=32):
@@ -83,160 +55,132 @@ def paint_samples(model, tokenizer, path, seed, n=32):
     classes = torch.tensor([k * model.config.num_classes // n for k in range(n)])
     tokens = model.generate(classes, image_uniforms(seed, range(n), model.config.num_tokens))
     model.train()
-    data.save_grid(path, tokenizer.decode(tokens), 8)
+    data.save_picture(path, data.grid_image(tokenizer.decode(tokens), 8))
 
 
-class Update:
-    """The AR model in training: its optimizer, and what one step does to them."""
+def train(model, tokenizer, caches, classes, args, device):
+    """Train in place from wherever --resume finds the state, to the last step. caches: of training and validation."""
+    run, path, config = "ar", f"{args.out}/ar_state.pt", model.config
+    train_cache, val_cache = caches
+    n, fingerprint = len(train_cache), tokenizer.fingerprint()
+    fixed = {name: getattr(args, name) for name in [*data.FIXED, "class_dropout"]} | asdict(config)
+    fixed["tokenizer"] = fingerprint
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    optimizer = data.adamw(model, lambda name, p: p.ndim > 1 and not name.startswith("embeddings"), args.lr, BETAS,
+                           WEIGHT_DECAY)
 
-    def __init__(self, model, args, device, rank, ranks):
-        self.model, self.args, self.device, self.rank = model, args, device, rank
-        decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("embeddings")]
-        others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.startswith("embeddings")]
-        self.optimizer = CarefulAdamW(decayed, others, args, betas=(0.9, 0.96), weight_decay=0.03)
-        model.recompute = args.grad_checkpoint
-        if device.type == "cuda" and not args.no_compile:
-            model.compile()
-        self.wrapped = wrap(model, ranks, device)
+    def save(path, state, **more):
+        data.save_checkpoint(path, kind="ar", config=asdict(config), model=state, classes=classes,
+                             tokenizer=fingerprint, **more)
 
-    def step(self, step, parts):
-        """One optimizer step on micro-batches of tokens (B, N), classes (B,), keys (B, 2). -> losses, learning rate."""
-        args, null = self.args, self.model.config.num_classes
-        lr = learning_rate(step, args.steps, args.warmup, args.lr, args.final_lr)
-        seed_step(args.seed, step, self.rank)
+    start, skipped = 0, 0
+    state = data.load_training_state(path, "ar", fixed) if args.resume else None
+    if state:
+        start, skipped = state["step"], state["skipped"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    if args.grad_checkpoint:
+        data.checkpoint_blocks(model.blocks)
+    if args.compile:
+        model.compile()
+    ddp_model, stop_flag = data.distribute(model, device, args), data.StopFlag()
+    log = data.Log(f"{args.out}/log.jsonl", run, start)
+    judged = {"train": (train_cache, data.stream_keys(run, args.seed, n, 0, min(n, args.eval_images))),
+              "val": (val_cache, [(0, index) for index in data.spread(len(val_cache), args.eval_images)])}
+    micro_batches = data.batch_keys(run, n, args, start)
+    progress = tqdm(range(start, args.steps), run, args.steps, initial=start, unit="img", unit_scale=args.batch_size,
+                    disable=data.rank() > 0)
+    last_good = start - 1
+    model.train()
+    for step in progress:
+        lr = data.learning_rate(step, args.steps, args.warmup, args.lr, args.final_lr)
+        torch.manual_seed(int(data.generator("step", args.seed, step, data.rank()).integers(2 ** 62)))       # dropout
         sums = {"loss": 0, "accuracy": 0}
-        for part, (tokens, labels, keys) in enumerate(parts, 1):
-            labels = drop_classes(labels, keys, args.class_dropout, args.seed, null).to(self.device, non_blocking=True)
-            tokens = tokens.to(self.device, non_blocking=True)
-            with no_sync(self.wrapped, part < args.accum):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                    logits = self.wrapped(tokens[:, :-1], labels)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
-                (loss / args.accum).backward()
+        for micro in range(args.accum):
+            keys = next(micro_batches)
+            tokens, labels = train_cache.batch(keys, args.seed)
+            labels = drop_classes(labels, keys, args.class_dropout, args.seed, n, config.num_classes)
+            tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            ddp_model.require_backward_grad_sync = micro + 1 == args.accum    # ranks exchange gradients once a step
+            with autocast:
+                logits = ddp_model(tokens[:, :-1], labels)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+            (loss / args.accum).backward()
             sums["loss"] += loss.detach() / args.accum
             sums["accuracy"] += (logits.argmax(-1) == tokens).float().mean() / args.accum
-        self.optimizer.step(lr)
-        return sums, lr
 
-
-def train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions, rank, ranks, device, classes):
-    path, run, start, saved = f"{args.out}/ar_state.pt", "ar", 0, 0
-    config, fingerprint = model.config, tokenizer.fingerprint()
-    update = Update(model, args, device, rank, ranks)
-    state = data.load_state(path, "ar") if args.resume else None
-    if state:
-        check_resumed(path, {**state["args"], **asdict(ARConfig(**state["config"])), "tokenizer": state["tokenizer"]},
-                      argparse.Namespace(**{**vars(args), **asdict(config), "tokenizer": fingerprint}),
-                      FIXED + ["class_dropout", "tokenizer"] + list(asdict(config)))
-        model.load_state_dict(state["model"])
-        update.optimizer.load_state_dict(state["optimizer"])
-        start = saved = state["step"]
-    if args.eval_fid:
-        inception = fid.load_inception(args.inception, device)
-        reference = fid.extract(val_set, inception, device, args.eval_images, "validation images")
-    log = data.Log(f"{args.out}/log.jsonl", run, start)
-    evaluated = {"train": data.stream_keys(len(train_cache), args.seed, 0, min(len(train_cache), args.eval_images)),
-                 "val": [(0, index) for index in data.spread(len(val_cache), args.eval_images)]}
-    keys = data.batch_keys(len(train_cache), args.seed, args.batch_size, args.accum, start, rank, ranks)
-
-    def save(path, step, weights, **more):
-        if rank == 0:
-            data.save_checkpoint(path, "ar", asdict(config), weights, classes=classes, tokenizer=fingerprint, step=step, **more)
-        data.barrier()
-
-    matrices = sum(p.numel() for p in [*model.blocks.parameters(), model.output.weight])
-    speed = data.Speed(6 * matrices * config.num_tokens, device, args.dtype)              # attention left out
-    model.train()
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run, disable=rank > 0)
-    for step in progress:
-        parts = list(itertools.islice(keys, args.accum))
-        losses, lr = update.step(step, [(*train_cache.batch(part, args.seed), part) for part in parts])
-        speed.seen += args.batch_size
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        if norm.isfinite():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            last_good = step
+        else:
+            skipped += 1
+            data.check_bad_steps(step - last_good, path)
+        optimizer.zero_grad()
 
         done = step + 1
-        if done % 20 == 0 or done == args.steps:
-            values = data.mean_over_ranks({name: value.item() for name, value in losses.items()})
-            update.optimizer.check(done, path, saved)
-            progress.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.1%}", **speed.show())
-            log.write(done, **values, lr=lr, skipped=int(update.optimizer.skipped))
+        if done % data.LOG_EVERY == 0 or done == args.steps:
+            means = data.mean_over_ranks(sums)
+            log.write(done, **means, lr=lr, skipped=skipped)
+            progress.set_postfix(means, skipped=skipped)
         if done % args.eval_every == 0 or done == args.steps:
-            values = {f"{split}_{name}": value for split, cache in (("train", train_cache), ("val", val_cache))
-                      for name, value in evaluate(model, cache, evaluated[split], args, device, rank, ranks).items()}
-            if args.eval_fid:
-                found = judge_samples(model, tokenizer, reference, inception, args, device, rank, ranks)
-                values |= {"inception": inception.origin, **{f"val_{name}": number for name, number in found.items()}}
-            log.write(done, **values)
-            if rank == 0:
+            scores = {f"{split}_{name}": value for split, (cache, keys) in judged.items()
+                      for name, value in evaluate(model, cache, keys, args, device).items()}
+            log.write(done, **scores)
+            if data.rank() == 0:
                 paint_samples(model, tokenizer, f"{args.out}/pictures/ar_{done:06d}.png", args.seed)
-                progress.write(f"{run}, step {done}: validation loss {values['val_loss']:.3f} nats a token, "
-                               f"accuracy {values['val_accuracy']:.1%}")
             data.barrier()
-            speed.restart()
-        save_now, asked = interruptions.due(done)
-        if save_now or done == args.steps:
-            save(path, done, model.state_dict(), optimizer=update.optimizer.state_dict(), args=vars(args), keep=True)
-            saved = done
-        if asked:
-            raise data.Stopped(asked, f"step {done}; --resume goes on from there")
-    dtype = getattr(torch, args.save_dtype)
-    save(f"{args.out}/ar.pt", args.steps, {name: value.to(dtype) for name, value in model.state_dict().items()})
+            data.say(f"{run}, step {done}: validation loss {scores['val_loss']:.3f} nats a token, accuracy "
+                     f"{scores['val_accuracy']:.1%}")
+        stop = stop_flag.read(done)
+        if stop or done % args.save_every == 0 or done == args.steps:
+            save(path, model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=skipped, fixed=fixed)
+        if stop:
+            raise data.Stopped(stop, f"step {done}")
+    save(f"{args.out}/ar.pt", data.in_dtype(model.state_dict(), args.save_dtype))
+    data.say(f"wrote {args.out}/ar.pt; next: python sample.py --class 0, with the same --out")
 
 
-def benchmark(config, args, device):
-    """Time a training step on random tokens, as many as an image of ImageNet has."""
-    size = args.batch_size // args.accum
-    torch.manual_seed(args.seed)
-    part = (torch.randint(config.codebook_size, (size, config.num_tokens)), torch.randint(config.num_classes, (size,)),
-            data.stream_keys(size, args.seed, 0, size))
-    update = Update(ARModel(config).to(device).train(), args, device, 0, 1)
-    data.benchmark(f"AR {args.preset}", lambda k: update.step(k, [part] * args.accum), args.batch_size, device, args.dtype)
+def parse_args():
+    parser, known = data.preset_parser(__doc__, PRESETS)
+    add = parser.add_argument
+    add("--tokenizer", help="a trained tokenizer (default: tokenizer.pt in --out)")
+    add("--cache", help="folder of the token cache (default: tokens in --out)")
+    add("--steps", type=data.positive, help="steps to train (%(default)s)")
+    add("--width", type=data.positive, help="of the model; the size of a head stays (%(default)s)")
+    add("--depth", type=data.positive, help="blocks (%(default)s)")
+    add("--dropout", type=data.number(float, 0, 0.99), help="(%(default)s)")
+    add("--ten-crop", action="store_true", help="cache ten crops of an image, as the paper does, not two")
+    add("--class-dropout", type=data.share, default=0.1,
+        help="share of pictures that train the null class (%(default)s)")
+    data.add_run_arguments(parser)
+    parser.set_defaults(**RECIPES[known.preset], **PRESETS[known.preset])
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]
+    head_dim = preset["width"] // preset["heads"]
+    if args.width % head_dim:
+        parser.error(f"--width is a multiple of {head_dim}, the size of a head, found {args.width}")
+    args.heads = args.width // head_dim
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--tokenizer", help="a trained tokenizer (default: tokenizer.pt in --out)")
-    parser.add_argument("--cache", help="folder of the token cache (default: tokens in --out)")
-    parser.add_argument("--steps", type=int, help="steps to train (default: the preset's)")
-    parser.add_argument("--width", type=int, help="in place of the preset's, with heads of the same size")
-    for name, kind in (("depth", int), ("dropout", float)):
-        parser.add_argument("--" + name, type=kind, help="in place of the preset's")
-    parser.add_argument("--ten-crop", action="store_true", help="cache ten crops of an image, as the paper does, not two")
-    parser.add_argument("--class-dropout", type=float, default=0.1, help="share of pictures that train the null class")
-    add_run_arguments(parser)
-    args = parser.parse_args()
-
-    args.steps = RECIPES[args.preset]["steps"] if args.steps is None else args.steps
-    if args.steps < 1 or not 0 <= args.class_dropout <= 1:
-        raise InputError("--steps is above zero and --class-dropout between 0 and 1, "
-                         f"found {args.steps} and {args.class_dropout}")
-    rank, ranks, device = check_run_arguments(args, RECIPES[args.preset])
-    if not args.resume and not args.benchmark:
-        for name in ("ar_state.pt", "ar.pt"):
-            refuse_overwrite(f"{args.out}/{name}")
-    preset = PRESETS[args.preset]
-    settings = {**preset, **{name: getattr(args, name) for name in ("width", "depth", "dropout") if getattr(args, name) is not None}}
-    head_dim = preset["width"] // preset["heads"]
-    if settings["width"] < 1 or settings["width"] % head_dim or settings["depth"] < 1:
-        raise InputError(f"--width is a multiple of {head_dim}, the size of a head, and --depth at least 1, "
-                         f"found {settings['width']} and {settings['depth']}")
-    settings["heads"] = settings["width"] // head_dim
-    if args.benchmark:
-        return benchmark(ARConfig(**settings), args, device)
+    args = parse_args()
+    device = data.start(args)
+    if not args.resume:
+        data.refuse_overwrite([f"{args.out}/ar_state.pt", f"{args.out}/ar.pt"])
     tokenizer = load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device)
-    train_set, val_set = data.open_data(args.data, args.val_data, tokenizer.config.image_size, args.seed, args.skip_bad_images,
-                                        args.num_pictures, args.ten_crop)
-    config = ARConfig(num_classes=len(train_set.classes), **settings,
-                      **{name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix")})
-    cache = args.cache or f"{args.out}/tokens"
-    train_cache = data.open_cache(f"{cache}/train", train_set, tokenizer, device, args.workers)
-    val_cache = data.open_cache(f"{cache}/val", val_set, tokenizer, device, args.workers)
+    train_set, val_set = data.open_data(args, tokenizer.config.image_size, args.ten_crop)
+    shape = {name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix")}
+    shape |= {name: getattr(args, name) for name in PRESETS[args.preset]}
+    config = ARConfig(num_classes=len(train_set.classes), **shape)
+    caches = [data.open_cache(f"{args.cache or args.out + '/tokens'}/{split}", dataset, tokenizer, device, args.workers)
+              for split, dataset in (("train", train_set), ("val", val_set))]
     torch.manual_seed(args.seed)
     model = ARModel(config).to(device)
-    with data.Interruptions(args.save_every, args.save_minutes) as interruptions:
-        train(model, tokenizer, train_cache, val_cache, val_set, args, interruptions, rank, ranks, device, train_set.classes)
-    if rank == 0:
-        print(f"wrote {args.out}/ar.pt; next: python sample.py --class 0" + (f" --out {args.out}" if args.out != "out" else ""))
+    train(model, tokenizer, caches, train_set.classes, args, device)
 
 
 if __name__ == "__main__":

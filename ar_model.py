@@ -1,13 +1,13 @@
-"""The AliTok autoregressive model: the next token of a picture from its class and the tokens before it (arXiv 2506.05289).
+"""The AliTok autoregressive model: the next token of a picture from its class and the tokens before it.
 
 Notable:
 - Row t of the output is the distribution of token t; the sequence is [class, token 0 ... token N-1].
 - Rotary positions have one dimension for the prefix and two (half a head each) for the image.
-- `generate` writes keys and values into caches of fixed size and paints conditional and null halves in one batch.
-- Sampling inverts the cumulative distribution at one uniform number a token, so an image's randomness is N numbers
-  that `image_uniforms` derives from (seed, image) alone.
+- `generate` keeps keys and values in caches of fixed size, conditional and null halves in one batch.
+- Sampling inverts the cumulative distribution at one uniform number a token. So an image's randomness is N
+  numbers, which `image_uniforms` derives from (seed, image) alone.
 
-Letters in shapes: B images, T tokens so far, N tokens an image, V codes, H heads of D numbers, C = H * D.
+In shapes: B images, T tokens so far, N tokens an image, V codes, H heads of D numbers, C = H * D.
 """
 import functools
 import math
@@ -20,13 +20,12 @@ import torch.nn.functional as F
 
 from data import InputError, generation_order, generator, load_checkpoint, load_weights
 
-
 @dataclass
 class ARConfig:
     """Shape of the model, and the classifier-free guidance that suits it. The defaults are the paper's B."""
     codebook_size: int = 4096
     grid: int = 16               # patches a side
-    prefix: bool = True          # whether the tokenizer writes grid + 1 prefix tokens before the grid**2 of the image
+    prefix: bool = True          # whether grid + 1 prefix tokens come before the grid**2 of the image
     num_classes: int = 1000
     width: int = 768
     depth: int = 24
@@ -37,17 +36,15 @@ class ARConfig:
 
     def __post_init__(self):
         if self.width % self.heads or self.width // self.heads % 4:
-            raise InputError(f"a width of {self.width} over {self.heads} heads gives no head dimension that is a "
-                             "multiple of 4")
-
-    @property
-    def num_tokens(self):
-        return self.grid ** 2 + self.prefix_tokens
+            raise InputError(f"width {self.width} over {self.heads} heads: a head is no multiple of 4")
 
     @property
     def prefix_tokens(self):
         return self.grid + 1 if self.prefix else 0
 
+    @property
+    def num_tokens(self):
+        return self.grid ** 2 + self.prefix_tokens
 
 PRESETS = {
     "tiny": dict(width=160, depth=6, heads=5, dropout=0.0, cfg_scale=2.0, cfg_power=0.5),      # ours
@@ -56,16 +53,12 @@ PRESETS = {
     "XL": dict(width=1280, depth=32, heads=16, dropout=0.1, cfg_scale=13.0, cfg_power=1.4),
 }
 
-
-# -----------------------------------------------------------------------------
-# Rotary positions
+# ---- Rotary positions ----------------------------------------------------------------------------
 
 def rotary_table(grid, prefix_tokens, head_dim):
-    """cos and sin of every position's angles, (2, 1 + N, D/2), for [class, prefix, image].
-
-    Class: zeros, so its query and key vanish (released weights rely on it). Prefix token k: position k over the whole
-    head. Image token at (row, column): the first half of the head turns by P + row, the second by P + column.
-    """
+    """cos and sin of every position's angles, (2, 1 + N, D/2), for [class, prefix, image]. Class: zeros, so
+    its query and key vanish (released weights rely on it). Prefix token k: position k, over the whole head.
+    Image token: half of the head turns by P + its row, the other half by P + its column."""
     def angles(positions, dim):
         return positions[:, None] / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
@@ -76,20 +69,16 @@ def rotary_table(grid, prefix_tokens, head_dim):
     table = torch.stack([theta.cos(), theta.sin()])
     return torch.cat([torch.zeros_like(table[:, :1]), table], 1).float()
 
-
 def rotate(x, table):
     """Turn the pairs (x0, x1), (x2, x3), ... of x (B, H, T, D) by the angles of table (2, T, D/2)."""
-    cos, sin = table                          # float32, and so is the product: bfloat16 would blur the positions
+    cos, sin = table                       # float32, and so is the product: bfloat16 would blur the positions
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
-
-# -----------------------------------------------------------------------------
-# Blocks
+# ---- Blocks --------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Causal self-attention with RMS-normalised, rotated queries and keys, and an optional static cache."""
-
     def __init__(self, config):
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
@@ -99,33 +88,30 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x, table, cache=None, at=0):
-        """x (B, T, C). With a cache, keys and values (B, H, 1 + N, D), x is position `at` and sees those before it.
-
-        at: an int, for which the cache is read as far as it is filled; or a tensor (1,), for which every shape stays
-        the same, so that one compiled step, or one CUDA graph, serves all positions.
-        """
+        """x (B, T, C). With a cache of keys and values, (B, H, 1 + N, D) each, x is position `at` alone. at:
+        an int, and the cache is read as far as it is filled; or a tensor (1,), and every shape stays the
+        same, so that one compiled step, or one CUDA graph, serves all positions."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)      # (B, H, T, D) each
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, H, T, D) each
         q, k = rotate(self.q_norm(q.float()), table), rotate(self.k_norm(k.float()), table)
         mask = None
         if cache is not None and isinstance(at, int):
             for cached, new in zip(cache, (k, v)):
                 cached[:, :, at:at + 1] = new
-            k, v = cache[0][:, :, :at + 1], cache[1][:, :, :at + 1]
+            k, v = (cached[:, :, :at + 1] for cached in cache)
         elif cache is not None:
             k, v = (cached.index_copy_(2, at, new.to(cached.dtype)) for cached, new in zip(cache, (k, v)))
-            mask = (torch.arange(k.shape[2], device=k.device) <= at)[None]                           # (1, 1 + N)
+            mask = (torch.arange(k.shape[2], device=k.device) <= at)[None]                        # (1, 1 + N)
         # The bfloat16 gradient of attention is slow on CPUs.
         dtype = torch.float32 if v.device.type == "cpu" and v.requires_grad else v.dtype
-        dropout = self.dropout if self.training else 0.0
+        q, k, v, dropout = q.to(dtype), k.to(dtype), v.to(dtype), self.dropout if self.training else 0.0
         with torch.autocast(v.device.type, enabled=False):
-            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, dropout, cache is None)
+            x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=cache is None)
         return self.proj(x.transpose(1, 2).reshape(B, T, C))
-
 
 class MLP(nn.Module):
     """SwiGLU; the hidden width is 8/3 of the width, rounded up to a multiple of 256."""
-
     def __init__(self, width):
         super().__init__()
         hidden = -(-(8 * width // 3) // 256) * 256
@@ -135,7 +121,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -150,11 +135,10 @@ class Block(nn.Module):
         x = x + self.drop(self.attn(self.norm1(x), table, cache, at))
         return x + self.drop(self.mlp(self.norm2(x)))
 
-
-# -----------------------------------------------------------------------------
+# ---- The whole --------------------------------------------------------------------------------------
 
 class ARModel(nn.Module):
-    """Classes are (B,) int64; `num_classes` is the null class of classifier-free guidance. Tokens are (B, T) int64."""
+    """Tokens are (B, T) int64, classes (B,) int64; class `num_classes` is the null class of guidance."""
     caches = None                # keys and values of every block, kept for the next batch of the same size
 
     def __init__(self, config):
@@ -176,38 +160,34 @@ class ARModel(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, tokens, classes):
-        """Tokens (B, T), T <= N, and classes (B,) -> logits (B, T + 1, V); row t is the distribution of token t."""
-        if tokens.shape[1] > self.config.num_tokens:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than the {self.config.num_tokens} of an image")
+        """Tokens (B, T), classes (B,) -> logits (B, T + 1, V); row t is the distribution of token t."""
         rows = torch.cat([self.config.codebook_size + 1 + classes[:, None], tokens], 1)
-        x = self.drop(self.embeddings(rows))                                                         # (B, 1 + T, C)
+        x = self.drop(self.embeddings(rows))                                                   # (B, 1 + T, C)
         table = self.table[:, :x.shape[1]]
         for block in self.blocks:
             x = block(x, table)
         return self.output(self.norm(x))
 
     def to_bfloat16(self):
-        """Make the blocks' matrices bfloat16, half of what a step of sampling has to read; for use under autocast."""
+        """Make the blocks' matrices bfloat16: sampling reads half as much. For use under autocast."""
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 module.bfloat16()
         self.caches = None
         return self
 
-    # What follows paints.
-
-    def step(self, ids, at, caches):
-        """One position of the sequence: embedding rows `ids` (B,) at place `at` -> logits (B, V). Fills the caches."""
+    def step(self, rows, at, caches):
+        """One position: embedding rows (B,) at place `at` of the sequence -> logits (B, V). Fills caches."""
         table = self.table[:, at:at + 1] if isinstance(at, int) else self.table.index_select(1, at)
-        x = self.embeddings(ids)[:, None]
+        x = self.embeddings(rows)[:, None]
         for block, cache in zip(self.blocks, caches):
             x = block(x, table, cache, at)
         with torch.autocast(x.device.type, enabled=False):        # guidance would magnify bfloat16's rounding
             return self.output(self.norm(x.float()))[:, 0]
 
-    def next_tokens(self, ids, at, caches, uniforms, strength, *sampling):
-        """Like `step`, and the tokens drawn: (B,), or (B/2,) from conditional and null halves where strength is given."""
-        logits = self.step(ids, at, caches)
+    def next_tokens(self, rows, at, caches, uniforms, strength, *sampling):
+        """`step`, then tokens drawn: (B,), or (B/2,) from conditional and null halves, given strength."""
+        logits = self.step(rows, at, caches)
         if strength is not None:
             conditional, null = logits.chunk(2)
             logits = null + strength * (conditional - null)
@@ -217,66 +197,60 @@ class ARModel(nn.Module):
     def compiled_next_tokens(self):
         return torch.compile(self.next_tokens, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
-    def caches_for(self, rows):
-        """A list of (keys, values), one a block, (rows, H, 1 + N, D) each, in the dtype of the blocks.
-
-        They are kept between batches of one size: CUDA graphs would record again at a new address.
-        """
+    def caches_for(self, batch):
+        """A list of (keys, values), one a block, (batch, H, 1 + N, D) each, in the dtype of the blocks. They
+        are kept between batches of one size: at a new address CUDA graphs would record again."""
         c, weight = self.config, self.blocks[0].attn.qkv.weight
-        shape = (rows, c.heads, 1 + c.num_tokens, c.width // c.heads)
+        shape = (batch, c.heads, 1 + c.num_tokens, c.width // c.heads)
         if self.caches is None or self.caches[0][0].shape != shape:
             self.caches = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.blocks]
         return self.caches
 
     @torch.no_grad()
-    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None, top_p=None,
-                 kept=None, compiled=False):
-        """Paint classes (B,) int64 -> tokens (B, N) int64. kept: tokens (B, K) to go on from, by default none.
-
-        uniforms: (B, N) numbers in [0, 1) that decide every choice, see `image_uniforms`; by default torch's generator
-        draws them. cfg_scale 1 does without guidance and at half the work; None takes scale and power of the config.
-        compiled: by one compiled step, on a GPU one CUDA graph; for batches of a size that comes again. Nothing in the
-        loop waits for the device.
-        """
+    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None,
+                 top_p=None, kept=None, compiled=False):
+        """Paint classes (B,) int64 -> tokens (B, N) int64. kept: tokens (B, K) to go on from, by default
+        none. uniforms: (B, N) numbers in [0, 1) that decide every choice, see `image_uniforms`; by default
+        torch's. None for cfg_scale and cfg_power takes the config's; scale 1 does without guidance, at half
+        the work. compiled: by one compiled step, on a GPU one CUDA graph; for batches of a size that comes
+        again."""
         config, device, B, N = self.config, self.table.device, len(classes), self.config.num_tokens
         cfg_scale = config.cfg_scale if cfg_scale is None else cfg_scale
         cfg_power = config.cfg_power if cfg_power is None else cfg_power
         if uniforms is None:
             uniforms = torch.rand(B, N, dtype=torch.float64)
         uniforms = uniforms.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
-        ids, strengths = classes.to(device), [None] * N
+        classes, strengths = classes.to(device), [None] * N
         if cfg_scale != 1:
-            ids = torch.cat([ids, torch.full_like(ids, config.num_classes)])
+            classes = torch.cat([classes, torch.full_like(classes, config.num_classes)])
             strengths = torch.tensor([guidance(t, N, cfg_scale, cfg_power) for t in range(N)], device=device)
-        ids = config.codebook_size + 1 + ids
-        caches, next_tokens, places = self.caches_for(len(ids)), self.next_tokens, range(N)
+        rows = config.codebook_size + 1 + classes
+        caches, next_tokens, places = self.caches_for(len(rows)), self.next_tokens, range(N)
         if compiled:
             next_tokens, places = self.compiled_next_tokens, torch.arange(N, device=device).split(1)
             for cached in sum(caches, ()):
                 torch._dynamo.mark_static_address(cached)         # a CUDA graph then writes to it in place
         tokens = torch.empty(B, N, dtype=torch.long, device=device)
-        for t in range(N):
+        for t in range(N):                                        # nothing here waits for the device
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()
-            drawn = next_tokens(ids, places[t], caches, uniforms[:, t], strengths[t], temperature, top_k, top_p)
-            tokens[:, t] = kept[:, t] if kept is not None and t < kept.shape[1] else drawn
-            ids = tokens[:, t].repeat(1 if cfg_scale == 1 else 2)
+            tokens[:, t] = next_tokens(rows, places[t], caches, uniforms[:, t], strengths[t],
+                                       temperature, top_k, top_p)
+            if kept is not None and t < kept.shape[1]:
+                tokens[:, t] = kept[:, t]
+            rows = tokens[:, t].repeat(1 if cfg_scale == 1 else 2)
         return tokens
 
-
-# -----------------------------------------------------------------------------
-# Sampling
+# ---- Sampling ---------------------------------------------------------------------------------------
 
 def guidance(t, num_tokens, scale, power):
-    """Strength of classifier-free guidance at token t: it grows from 1 to `scale` along a power-cosine over the image."""
+    """Strength of guidance at token t: it grows from 1 to `scale` along a power-cosine over the image."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (t / num_tokens) ** power)) / 2
 
-
 def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
-    """Logits (B, V), uniforms (B,) in [0, 1) -> tokens (B,): the first whose cumulative probability exceeds the uniform.
-
-    temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p.
-    """
+    """Logits (B, V), uniforms (B,) -> tokens (B,), the first whose cumulative probability exceeds the
+    uniform. temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose
+    probabilities reach p."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = F.softmax(logits.to(uniforms.dtype) / temperature, -1)
@@ -289,41 +263,38 @@ def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
         beyond[:, 0] = False
         probabilities = probabilities.where(~beyond.scatter(-1, order, beyond), 0)
     cumulative = probabilities.cumsum(-1)
-    tokens = torch.searchsorted(cumulative, (uniforms[:, None] * cumulative[:, -1:]).contiguous(), right=True)
-    return tokens[:, 0].clamp_max(logits.shape[-1] - 1)
-
+    thresholds = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, thresholds.contiguous(), right=True)[:, 0]
+    return tokens.clamp_max(logits.shape[-1] - 1)
 
 def image_uniforms(seed, images, num_tokens):
     """The random numbers of images (a list of numbers k): (B, N) float64, a function of (seed, k) alone."""
     return torch.from_numpy(np.stack([generator("sample", seed, k).random(num_tokens) for k in images]))
 
-
-# -----------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints ------------------------------------------------------------------------------------
 
 def from_released(state):
-    """A released state dict (alitok_{b,l,xl}.bin), whose names are ours -> a checkpoint of ours. None if it is none."""
-    needed = ("output.weight", "embeddings.weight", "blocks.0.attn.q_norm.weight")
-    missing = [name for name in needed if name not in state]
-    if len(missing) == len(needed):
+    """A released state dict (alitok_{b,l,xl}.bin), whose names are ours -> a checkpoint of ours, or None."""
+    if "output.weight" not in state:
         return None
-    if missing:
-        raise InputError(f"this released AR model is not whole: {', '.join(missing)} is missing")
-    output, rows, q_norm = (state[name] for name in needed)
-    codes, width = output.shape
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    presets = [preset for preset in PRESETS.values() if (preset["width"], preset["depth"]) == (width, depth)]
-    config = dict(presets[0] if presets else dict(cfg_scale=1.0, cfg_power=1.0), codebook_size=codes,
-                  num_classes=len(rows) - codes - 2, width=width, depth=depth, heads=width // len(q_norm))
+    try:
+        codes, width = state["output.weight"].shape
+        num_classes = len(state["embeddings.weight"]) - codes - 2
+        heads = width // len(state["blocks.0.attn.q_norm.weight"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"this released AR model does not fit the model: {error}") from None
+    depth = sum(name.endswith("norm1.weight") for name in state)
+    config = dict(codebook_size=codes, num_classes=num_classes, width=width, depth=depth, heads=heads,
+                  cfg_scale=1.0, cfg_power=1.0)
+    for preset in PRESETS.values():
+        if (preset["width"], preset["depth"]) == (width, depth):
+            config |= preset                                      # its guidance
     return {"config": config, "model": state, "classes": None, "tokenizer": None}
 
-
 def load_ar(path, device="cpu", grid=None):
-    """The AR model of a file that train_ar.py wrote, or of a released one, in eval mode. InputError for any other file.
-
-    grid: patches a side of its tokenizer, for released files, which do not tell (16 unless given). Beside the weights
-    the model carries `classes` (names, or None) and `tokenizer` (the fingerprint its tokens belong to, or None).
-    """
+    """The AR model of a file of train_ar.py, or of a released one, in eval mode. grid: patches a side of its
+    tokenizer, for released files, which do not tell (16 unless given). The model carries `classes` (names, or
+    None) and `tokenizer` (the fingerprint its tokens belong to, or None)."""
     saved = load_checkpoint(path, "ar", from_released)
     config = ARConfig(**saved["config"])
     if saved["tokenizer"] is None and grid:

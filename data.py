@@ -1,10 +1,9 @@
-"""What goes in and out of a run. First half: pictures, crops, batches, token cache. Second half: what every run needs.
+"""First half: pictures, batches and the token cache. Second half: what every run needs.
 
 Notable:
 - A built-in data set, `shapes`, needs no download: drawn pictures, each a function of (seed, split, index).
-- Every random choice follows from (seed, epoch, index): workers, ranks and a resumed run see the same pictures.
-- The token cache is one memory-mapped array. Rows that are not written yet hold 65535, so a build that was killed
-  goes on where it was.
+- Every random choice follows from (seed, epoch, index): workers, ranks, resumed runs see the same pictures.
+- The token cache is one memory-mapped array. Rows not written yet hold 65535, so a killed build can go on.
 - Files are written aside, synced and renamed. Loading them runs no code.
 """
 import argparse
@@ -29,39 +28,31 @@ import torch.distributed as dist
 from PIL import Image, ImageColor, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
-
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message says what was found and what to do."""
-
 
 def generator(stream, *ids):
     """A numpy Generator that follows from the name of its use and some non-negative integers alone."""
     return np.random.default_rng([zlib.crc32(stream.encode()), *ids])
 
-
 def generation_order(grid):
     """The patch of each image token, in the order of generation: (grid * grid,) of row * grid + column.
-
-    Tokenizer, rotary table and film follow this one function.
-    """
+    Tokenizer, rotary table and film follow this one function."""
     return torch.arange(grid ** 2)
 
-
-# -----------------------------------------------------------------------------
-# Built-in pictures. The digits of a class are shape, colour, background.
+# ---- Built-in pictures. The digits of a class are shape, colour, background. ---------------------
 
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "bar", "hourglass"]
-COLOURS = {"red": "#d62828", "orange": "#f58714", "yellow": "#fad732", "green": "#28963c",
-           "cyan": "#28cdd7", "blue": "#2850d7", "purple": "#8232b9", "pink": "#fa6eb4",
-           "brown": "#7d4b23", "white": "#fafafa"}
-BACKGROUNDS = {"night": "#121428", "slate": "#5f6978", "fog": "#bec2c6", "sand": "#e0ca9b",
-               "mint": "#aae2c0", "sky": "#a0ccf2", "lavender": "#cab6ec", "rose": "#f2c8c8",
-               "forest": "#18422e", "wine": "#581630"}
-SHAPE_CLASSES = [f"{colour} {shape} on {ground}" for shape in SHAPES for colour in COLOURS for ground in BACKGROUNDS]
-
+COLOURS = {"red": "#d62828", "orange": "#f58714", "yellow": "#fad732", "green": "#28963c", "cyan": "#28cdd7",
+           "blue": "#2850d7", "purple": "#8232b9", "pink": "#fa6eb4", "brown": "#7d4b23", "white": "#fafafa"}
+BACKGROUNDS = {
+    "night": "#121428", "slate": "#5f6978", "fog": "#bec2c6", "sand": "#e0ca9b", "mint": "#aae2c0",
+    "sky": "#a0ccf2", "lavender": "#cab6ec", "rose": "#f2c8c8", "forest": "#18422e", "wine": "#581630"}
+SHAPE_CLASSES = [f"{colour} {shape} on {background}"
+                 for shape in SHAPES for colour in COLOURS for background in BACKGROUNDS]
 
 def signed_distance(shape, x, y):
     """Distance to the outline of a shape about one unit in radius, negative inside. x, y: arrays, y down."""
@@ -94,14 +85,12 @@ def signed_distance(shape, x, y):
         return np.maximum(abs(y) - 0.85, (abs(x) - 0.12 - 0.7 * abs(y)) / 1.22)
     raise ValueError(f"signed_distance does not know the shape {shape!r}")
 
-
 def draw_shape(seed, split, index, size):
-    """Picture `index` of a split of the built-in set: (size, size, 3) uint8, and its class. Classes come in turn.
-
-    Position, size, rotation, tint and shading are random. Edges are antialiased by their distance in pixels.
-    """
+    """Picture `index` of a split of the built-in set: (size, size, 3) uint8, and its class. Classes take
+    turns. Position, size, rotation, tint and shading are random. Edges are antialiased by their distance in
+    pixels."""
     label = index % len(SHAPE_CLASSES)
-    shape, colour, ground = np.unravel_index(label, (len(SHAPES), len(COLOURS), len(BACKGROUNDS)))
+    shape, colour, background = np.unravel_index(label, (len(SHAPES), len(COLOURS), len(BACKGROUNDS)))
     rng = generator("shapes " + split, seed, index)
     y, x = (np.mgrid[0:size, 0:size] + 0.5).astype(np.float32) / size - 0.5
     angle, radius = rng.uniform(-0.3, 0.3), rng.uniform(0.3, 0.4)
@@ -116,10 +105,9 @@ def draw_shape(seed, split, index, size):
         rgb = (np.array(ImageColor.getrgb(hue), np.float32) / 255 + tint).clip(0, 1)
         return rgb * (1 + light[0] * x + light[1] * y)[..., None]
 
-    behind = shaded(list(BACKGROUNDS.values())[ground], tints[0], lights[0])
+    ground = shaded(list(BACKGROUNDS.values())[background], tints[0], lights[0])
     paint = shaded(list(COLOURS.values())[colour], tints[1], lights[1])
-    return ((behind + (paint - behind) * cover).clip(0, 1) * 255 + 0.5).astype(np.uint8), label
-
+    return ((ground + (paint - ground) * cover).clip(0, 1) * 255 + 0.5).astype(np.uint8), label
 
 class Shapes:
     """The built-in pictures as a data set. Every epoch draws new ones; a picture has one crop, itself."""
@@ -128,7 +116,7 @@ class Shapes:
     def __init__(self, split, size, seed=0, length=None):
         self.split, self.size, self.seed, self.length = split, size, seed, length or len(SHAPE_CLASSES)
         self.labels = np.arange(self.length) % len(SHAPE_CLASSES)
-        self.files = f"shapes {seed} {split} {self.length}"  # what a token cache of this set depends on
+        self.files = f"shapes {seed} {split} {self.length}"                  # what a token cache depends on
 
     def __len__(self):
         return self.length
@@ -142,21 +130,17 @@ class Shapes:
         """-> (crops, 3, H, W) uint8: what the token cache keeps of a picture."""
         return self.read(0, index)[0][None]
 
-
-# -----------------------------------------------------------------------------
-# Image folders
+# ---- Image folders -------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
 
 def image_files(folder):
     """Paths of all images in a folder, at any depth, sorted."""
     return sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
                   if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
 
-
 def read_image(path):
-    """Any image file as an upright RGB PIL image; 16-bit greys are scaled to 8, transparency goes onto white."""
+    """Any image file as an upright RGB PIL image. 16-bit greys become 8-bit, transparency becomes white."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -172,54 +156,44 @@ def read_image(path):
         raise InputError(f"{path} is not a readable image ({error}); remove or repair it, or train with "
                          "--skip-bad-images") from None
 
-
 def to_tensor(pixels):
     """(H, W, 3) array -> (3, H, W) tensor."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
-
 def shrink(image, size):
-    """ADM's resize of a PIL image: halve with a box filter while twice too large, then bicubic until the shorter side
-    is `size` -> (H, W, 3) uint8."""
+    """ADM's resize of a PIL image's shorter side -> (H, W, 3) uint8: box halvings, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     return np.asarray(image.resize((width, height), Image.BICUBIC))
 
-
 def crop(pixels, top, left, size):
     return to_tensor(pixels[top:top + size, left:left + size])
-
 
 def centre_crop(image, size):
     """PIL image -> (3, size, size) uint8, as ADM prepares ImageNet."""
     pixels = shrink(image, size)
     return crop(pixels, (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2, size)
 
-
 def random_crop(image, size, rng):
-    """PIL image -> (3, size, size) uint8: shorter side to `size`, a random place along the longer one, a random flip."""
+    """PIL image -> (3, size, size) uint8: resized, a random place along the longer side, a random flip."""
     pixels = shrink(image, size)
-    cropped = crop(pixels, rng.integers(pixels.shape[0] - size + 1), rng.integers(pixels.shape[1] - size + 1), size)
+    top, left = rng.integers(pixels.shape[0] - size + 1), rng.integers(pixels.shape[1] - size + 1)
+    cropped = crop(pixels, top, left, size)
     return cropped.flip(-1) if rng.random() < 0.5 else cropped
 
-
 def five_crops(image, size):
-    """PIL image -> (5, 3, size, size) uint8: corners and centre of a centre crop 1.1 times as large, the paper's."""
+    """The paper's (5, 3, size, size) uint8 of a PIL image: corners and middle of a 1.1 times larger crop."""
     wide = int(1.1 * size)
     pixels, far, middle = centre_crop(image, wide).permute(1, 2, 0).numpy(), wide - size, (wide - size) // 2
     corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
     return torch.stack([crop(pixels, top, left, size) for top, left in corners])
 
-
 class ImageFolder:
-    """Images in one sub-folder a class, as in ImageNet (`n01440764/x.JPEG`); sorted folder names give the class ids.
-
-    files: list of (path, class id). Training draws a random crop and flip from (seed, epoch, index), validation the
-    centre. The token cache keeps the centre and its mirror image, or ten crops.
-    """
-
+    """Images in one sub-folder a class, as in ImageNet (`n01440764/x.JPEG`). files: list of (path, class id).
+    Training takes a random crop and flip, from (seed, epoch, index), validation the centre. The token cache
+    keeps the centre and its mirror image, or ten crops."""
     def __init__(self, folder, files, classes, size, seed=0, training=False, skip_bad=False, ten_crop=False):
         self.folder, self.classes, self.size, self.seed = folder, classes, size, seed
         self.training, self.skip_bad, self.ten_crop = training, skip_bad, ten_crop
@@ -232,7 +206,7 @@ class ImageFolder:
         return len(self.paths)
 
     def open(self, index):
-        """The picture at `index`; with skip_bad, the next readable one of its class stands in for an unreadable one."""
+        """The picture at `index`; if it is unreadable and skip_bad, the next readable one of its class."""
         same = np.flatnonzero(self.labels == self.labels[index]) if self.skip_bad else [index]
         for other in np.roll(same, -np.searchsorted(same, index)):
             try:
@@ -254,65 +228,59 @@ class ImageFolder:
         crops = five_crops(image, self.size) if self.ten_crop else centre_crop(image, self.size)[None]
         return torch.cat([crops, crops.flip(-1)])
 
-
 def list_folder(folder):
-    """-> sorted class names, list of (path, class id) in a fixed order. InputError if there is nothing to train on."""
+    """-> sorted class names, list of (path, class id) in a fixed order. InputError for an empty class."""
     if not os.path.isdir(folder):
-        raise InputError(f"no such folder: {folder} (--data takes 'shapes' or a folder with one sub-folder a class)")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    files = [(path, label) for label, name in enumerate(classes) for path in image_files(os.path.join(folder, name))]
-    empty = set(range(len(classes))) - {label for _, label in files}
-    if empty or not classes:
-        place = os.path.join(folder, classes[min(empty)]) if empty else folder
-        raise InputError(f"no images in {place}: {folder} needs one sub-folder a class, such as {folder}/cats/1.jpg, "
-                         f"with {', '.join(IMAGE_SUFFIXES)} files")
+        raise InputError(f"no such folder: {folder} (--data takes 'shapes' or a folder of class folders)")
+    classes = sorted(name for name in next(os.walk(folder))[1] if not name.startswith("."))
+    files = []
+    for label, name in enumerate(classes):
+        paths = image_files(os.path.join(folder, name))
+        files += [(path, label) for path in paths]
+        if not paths:
+            raise InputError(f"no images in {folder}/{name}: a sub-folder is a class of {IMAGE_SUFFIXES}")
+    if not files:
+        raise InputError(f"no images in {folder}: it needs a sub-folder a class, such as {folder}/cats/1.jpg")
     return classes, files
 
-
 def open_data(args, size, ten_crop=False):
-    """The training and the validation set that --data, --val-data and --seed name, of pictures of size x size.
-
-    `shapes`, or a folder of one sub-folder a class. Without a validation folder every 20th image is held out.
-    """
+    """The training and the validation set of --data and --val-data, of pictures of size x size. `shapes`, or
+    folders of one sub-folder a class. Without a validation folder every 20th image is held out."""
     if args.data == "shapes":
         if args.val_data or ten_crop:
-            raise InputError("--val-data and --ten-crop go with an image folder, not with the built-in pictures")
+            raise InputError("--val-data and --ten-crop go with image folders, not with built-in pictures")
         return Shapes("train", size, args.seed, args.num_pictures), Shapes("val", size, args.seed)
     classes, train = list_folder(args.data)
     if args.val_data:
         val_classes, val = list_folder(args.val_data)
-        if val_classes != classes:
-            odd = sorted(set(val_classes) ^ set(classes))[:5]
-            raise InputError(f"{args.val_data} has other classes than {args.data}: {', '.join(odd)} in one only")
+        odd = sorted(set(val_classes) ^ set(classes))[:5]
+        if odd:
+            raise InputError(f"{args.val_data} has other classes than {args.data}: only one has {odd}")
     elif len(train) < 2:
         raise InputError(f"{args.data} holds a single image; training and validation need one each at least")
     else:
         val = train[19::20] or train[-1:]
         held_out = set(val)
         train = [file for file in train if file not in held_out]
-    return (ImageFolder(args.data, train, classes, size, args.seed, True, args.skip_bad_images, ten_crop),
-            ImageFolder(args.val_data or args.data, val, classes, size, args.seed, False, args.skip_bad_images))
+    skip_bad = args.skip_bad_images
+    return (ImageFolder(args.data, train, classes, size, args.seed, True, skip_bad, ten_crop),
+            ImageFolder(args.val_data or args.data, val, classes, size, args.seed, False, skip_bad))
 
-
-# -----------------------------------------------------------------------------
-# Batches: an endless, shuffled stream that any step can be entered at. A key is (epoch, index).
+# ---- Batches: an endless, shuffled stream that any step can be entered at. A key is (epoch, index).
 
 @functools.lru_cache(maxsize=8)
 def epoch_random(method, stream, seed, epoch, n):
-    """n random values of a method of numpy's Generator, that follow from the rest."""
+    """n random values of a method of numpy's Generator, that follow from the other arguments."""
     return getattr(generator(stream, seed, epoch), method)(n)
 
-
 def key_uniforms(stream, seed, keys, n):
-    """A number in [0, 1) for each key, index < n, that follows from the key and the seed alone: (keys,) float64."""
+    """A number in [0, 1) for each key, index < n, that follows from the key and the seed alone: (keys,)."""
     return np.array([epoch_random("random", stream, seed, epoch, n)[index] for epoch, index in keys])
-
 
 def stream_keys(stream, seed, n, first, count):
     """Places first ... first + count - 1 of the endless shuffled stream over n items: a list of keys."""
     places = (divmod(place, n) for place in range(first, first + count))
-    return [(epoch, int(epoch_random("permutation", stream, seed, epoch, n)[place])) for epoch, place in places]
-
+    return [(epoch, int(epoch_random("permutation", stream, seed, epoch, n)[k])) for epoch, k in places]
 
 def batch_keys(stream, n, args, start=0):
     """The keys of this rank's micro-batches, --accum a step, from step `start` on, without end."""
@@ -322,21 +290,18 @@ def batch_keys(stream, n, args, start=0):
             first = step * args.batch_size + (rank() * args.accum + k) * micro
             yield stream_keys(stream, args.seed, n, first, micro)
 
-
 def spread(n, count):
     """`count` indices, or all if there are fewer, evenly over 0 ... n-1: a subset that sees every class."""
     count = min(n, count)
     return [k * n // count for k in range(count)]
 
-
 def rank_spans(count, size):
     """This rank's share of `count` places: slices of at most `size`, which the ranks take in turn."""
-    return [slice(start, min(start + size, count)) for start in range(rank() * size, count, world_size() * size)]
+    starts = range(rank() * size, count, world_size() * size)
+    return [slice(start, min(start + size, count)) for start in starts]
 
-
-class Reader(torch.utils.data.Dataset):
+class Reader(Dataset):
     """Reads batches of keys; an unreadable image travels as its error, so that workers can't bury it."""
-
     def __init__(self, read):
         self.read = read
 
@@ -346,15 +311,13 @@ class Reader(torch.utils.data.Dataset):
         except InputError as error:
             return error
 
-
 def outlive_signals(worker):
-    """A reading process goes on after Ctrl-C, and for ten seconds after SIGTERM, so that the trainer can save."""
+    """A reading process goes on after Ctrl-C, and ten seconds after SIGTERM: the trainer is to save first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
-
 def batches(read, keys, workers=0):
-    """Iterate over batches of read(*key), one for each list of keys in `keys`, read by so many other processes."""
+    """Iterate over batches of read(*key), one for each list in `keys`, read by so many other processes."""
     loader = DataLoader(Reader(read), sampler=keys, batch_size=None, num_workers=workers,
                         worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available(),
                         prefetch_factor=4 if workers else None)
@@ -363,32 +326,49 @@ def batches(read, keys, workers=0):
             raise batch
         yield batch
 
-
 def to_float(images, device):
     """(B, 3, H, W) uint8 -> float in [0, 1] on `device`."""
     return images.to(device, non_blocking=True).float() / 255
 
-
-# -----------------------------------------------------------------------------
-# Token cache
+# ---- Token cache ---------------------------------------------------------------------------------
 
 UNWRITTEN = 65535
 
-
 class TokenCache:
-    """Tokens of a whole data set: `tokens.npy`, (images, crops, N) uint16, memory-mapped, and the set's labels.
-
-    `cache.json` beside it names what it came from; `open_cache` refuses a cache that came from anything else.
-    """
-
-    def __init__(self, folder, dataset, config):
-        self.path, self.labels, self.codebook_size = f"{folder}/tokens.npy", dataset.labels, config.codebook_size
+    """Tokens of a data set, (images, crops, N) uint16 in the memory-mapped `folder`/tokens.npy, and its
+    labels. All ranks build it where it is missing or unfinished. `cache.json` names what the tokens came
+    from. A cache of another tokenizer or data set is an InputError."""
+    def __init__(self, folder, dataset, tokenizer, device, workers=0, batch_size=64):
+        config = tokenizer.config
+        self.path, self.note = f"{folder}/tokens.npy", f"{folder}/cache.json"
+        self.labels, self.codebook_size = dataset.labels, config.codebook_size
+        if self.codebook_size > UNWRITTEN:
+            raise InputError(f"a token cache holds up to {UNWRITTEN} codes, found {self.codebook_size}")
+        shape = (len(dataset), dataset.crops, config.num_tokens)
+        settings = {"tokenizer": tokenizer.fingerprint(), "files": dataset.files, "shape": list(shape),
+                    "image_size": config.image_size, "codebook": self.codebook_size}
+        if rank() == 0 and not os.path.exists(self.note):
+            create_array(self.path, np.uint16, shape, UNWRITTEN)
+            self.write_note(settings, finished=False)
+        barrier()
         try:
+            with open(self.note) as file:
+                saved = dict(json.load(file))
             self.tokens = np.load(self.path, mmap_mode="r+", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        except (ValueError, TypeError, EOFError):
             self.refuse()
-        if self.tokens.shape != (len(dataset), dataset.crops, config.num_tokens):
+        refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
+                       "delete the folder to build it anew, or name another with --cache")
+        if self.tokens.shape != shape:
             self.refuse()
+        if not saved["finished"]:
+            self.build(dataset, tokenizer, device, workers, batch_size)
+            self.write_note(settings, finished=True)
+
+    def write_note(self, settings, finished):
+        if rank() == 0:
+            text = json.dumps({**settings, "finished": finished}, indent=1)
+            replace_file(self.note, lambda file: file.write(text.encode()))
 
     def refuse(self):
         raise InputError(f"the token cache {self.path} is damaged; delete its folder to build it anew")
@@ -397,7 +377,7 @@ class TokenCache:
         return len(self.tokens)
 
     def batch(self, keys, seed):
-        """Keys (epoch, index) -> tokens (B, N) int64, classes (B,) int64; each epoch draws one of an image's crops."""
+        """Keys -> tokens (B, N) int64, classes (B,) int64; each epoch draws one of an image's crops."""
         indices = [index for _, index in keys]
         crops = (key_uniforms("crop choice", seed, keys, len(self)) * self.tokens.shape[1]).astype(np.int64)
         tokens = self.tokens[indices, crops].astype(np.int64)
@@ -415,93 +395,46 @@ class TokenCache:
         missing = self.missing()
         barrier()                             # every rank has the same list before one of them shortens it
         share = np.array_split(missing, world_size())[rank()]                # in one piece: pages of its own
-        micro = max(1, batch_size // self.tokens.shape[1])
+        micro = max(1, batch_size // dataset.crops)
         rows = [share[at:at + micro] for at in range(0, len(share), micro)]
         stream = batches(dataset.read_crops, [indices[:, None] for indices in rows], workers)
-        progress = tqdm(total=len(missing), desc="tokens", unit="img", disable=rank() > 0)
-        for indices, images in zip(rows, stream):                            # (B, crops, 3, H, W)
+        for indices, images in zip(progress_bar(rows, "tokens", micro), stream):       # (B, crops, 3, H, W)
             tokens = tokenizer.encode(to_float(images.flatten(0, 1), device))
             self.tokens[indices] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()
-            progress.update(min(len(indices) * world_size(), len(missing) - progress.n))
-        progress.close()
         self.tokens.flush()
         barrier()
         if len(self.missing()):
-            raise InputError(f"{len(self.missing())} rows of {self.path} did not arrive on the disk; run this again")
+            raise InputError(f"{len(self.missing())} rows of {self.path} are not on the disk; run this again")
 
-
-def open_cache(folder, dataset, tokenizer, device, workers=0, batch_size=64):
-    """The token cache of `dataset` in `folder`, built by all ranks when it is missing or unfinished.
-
-    Raises InputError when the folder holds a cache of another tokenizer, data set or crop.
-    """
-    config = tokenizer.config
-    if config.codebook_size > UNWRITTEN:
-        raise InputError(f"a token cache holds codebooks of up to {UNWRITTEN} entries, found {config.codebook_size}")
-    settings = {"tokenizer": tokenizer.fingerprint(), "files": dataset.files, "images": len(dataset),
-                "crops": dataset.crops, "image_size": config.image_size, "tokens": config.num_tokens,
-                "codebook": config.codebook_size}
-    note = f"{folder}/cache.json"
-    if rank() == 0 and not os.path.exists(note):
-        shape = (len(dataset), dataset.crops, config.num_tokens)
-        create_array(f"{folder}/tokens.npy", np.uint16, shape, UNWRITTEN)
-        write_json(note, settings | {"finished": False})
-    barrier()
-    try:
-        with open(note) as file:
-            saved = dict(json.load(file))
-    except ValueError:
-        raise InputError(f"{note} is damaged; delete the folder it is in to start anew") from None
-    refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
-                   "delete the folder to build it anew, or name another with --cache")
-    cache = TokenCache(folder, dataset, config)
-    if not saved.get("finished"):
-        cache.build(dataset, tokenizer, device, workers, batch_size)
-        if rank() == 0:
-            write_json(note, settings | {"finished": True})
-    barrier()
-    return cache
-
-
-# =============================================================================
-# What every run needs
-
-class Stopped(Exception):
-    """A run that was asked to stop has saved its state and does so. `signal` is what asked."""
-
-    def __init__(self, number, where):
-        super().__init__(f"stopped by {signal.Signals(number).name} at {where}; --resume goes on from there")
-        self.signal = number
-
+# ==== What every run needs ========================================================================
 
 def run(main):
-    """Call main() as a command. Exit codes: 2, with one line on stderr, for an InputError and for what the system
-    refuses; 128 + the signal's number for a run that was stopped; 1 with a traceback for a mistake of ours."""
+    """Call main() as a command. Exit codes: 2 with a line on stderr for an InputError or what the system
+    refuses, 128 + the signal for a run that was asked to stop and has saved, 1 with a traceback for a mistake
+    of ours."""
     code, message = 0, None
     try:
         main()
     except (InputError, OSError) as error:
         code, message = 2, f"error: {error}"
-    except Stopped as stopped:
-        code, message = 128 + stopped.signal, str(stopped)
+    except SystemExit as leaving:
+        code = leaving.code
     except KeyboardInterrupt:
         code = 130
     except Exception:
         code, message = 1, traceback.format_exc()
-    if message and (rank() == 0 or code < 128):
+    if message:
         print(f"rank {rank()}: " * (world_size() > 1) + message, file=sys.stderr, flush=True)
     if dist.is_initialized():
         if not code:
             barrier()
-            time.sleep(0.5)                   # a rank that leaves at once can cut off what another has yet to read
+            time.sleep(0.5)                   # leaving at once can cut off what another rank has yet to read
         sys.stdout.flush()
-        os._exit(code)                        # others may wait for a rank that failed; gloo's threads may abort an exit
+        os._exit(code)                        # others may wait for a failed rank, and gloo may abort an exit
     if code:
         sys.exit(code)
 
-
-# -----------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float from low to high."""
@@ -515,26 +448,22 @@ def number(kind, low, high=math.inf):
     parse.__name__ = kind.__name__            # argparse names it where kind(text) fails
     return parse
 
-
+HelpFormatter = argparse.RawDescriptionHelpFormatter
 positive, natural = number(int, 1), number(int, 0)
-above_zero, at_least_zero, share = number(float, 1e-12), number(float, 0), number(float, 0, 1)
-
+above_zero, at_least_zero, from_0_to_1 = number(float, 1e-12), number(float, 0), number(float, 0, 1)
 
 def preset_parser(doc, presets, *arguments):
-    """A parser whose --preset and other first `arguments`, (flag, options), are known already, to decide the defaults
-    of the rest. -> parser, the known arguments."""
+    """-> a parser, and what it knows already: --preset and further `arguments`, (flag, options). They decide
+    the defaults of the rest."""
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and the recipe for it")
+    first.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and its recipe")
     for flag, options in arguments:
         first.add_argument(flag, **options)
     known, _ = first.parse_known_args()
-    parser = argparse.ArgumentParser(description=doc, parents=[first],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    return parser, known
-
+    return argparse.ArgumentParser(description=doc, parents=[first], formatter_class=HelpFormatter), known
 
 def add_run_arguments(parser):
-    """The flags that both trainers have. --batch-size, --lr and --warmup get their defaults from the recipe."""
+    """The flags of both trainers. --batch-size, --lr and --warmup get their defaults from the recipe."""
     add = parser.add_argument
     add("--data", default="shapes", help="'shapes', the built-in pictures, or a folder of class folders")
     add("--val-data", help="validation folder; without it every 20th image of --data is held out")
@@ -546,15 +475,14 @@ def add_run_arguments(parser):
     add("--warmup", type=natural, help="steps of linear warmup (%(default)s)")
     add("--clip", type=above_zero, default=1.0, help="largest gradient norm (%(default)s)")
     add("--seed", type=natural, default=0)
-    add("--num-pictures", type=positive, default=50_000, help="size of the built-in training set (%(default)s)")
+    add("--num-pictures", type=positive, default=50_000, help="size of the built-in set (%(default)s)")
     add("--eval-every", type=positive, default=500, help="steps between evaluations (%(default)s)")
     add("--eval-images", type=positive, default=256, help="pictures an evaluation looks at (%(default)s)")
-    add("--save-every", type=positive, default=500, help="steps between saves, the most that a kill costs (%(default)s)")
+    add("--save-every", type=positive, default=500, help="steps between saves (%(default)s)")
     add("--skip-bad-images", action="store_true", help="the next readable image replaces an unreadable one")
-    add("--save-dtype", choices=["float32", "float16"], default="float32", help="of the finished model's file")
+    add("--save-dtype", choices=["float32", "float16"], default="float32", help="of the finished model")
     add("--grad-checkpoint", action="store_true", help="save memory: compute activations twice")
     add_device_arguments(parser)
-
 
 def add_device_arguments(parser):
     add = parser.add_argument
@@ -564,54 +492,50 @@ def add_device_arguments(parser):
     add("--workers", type=natural, help="reading processes a rank (8 with a GPU, else 0)")
     add("--no-compile", dest="compile", action="store_false", help="do without torch.compile on a GPU")
 
-
 # What decides the result, so that a resumed run must not change it.
 FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_pictures", "dtype", "steps"]
 
-
 def refuse_changes(message, saved, now, advice):
     """InputError that names each value of `now` that is another one in `saved`, two dicts."""
-    changed = [f"{name} {saved.get(name)}, now {value}" for name, value in now.items() if saved.get(name) != value]
+    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in now if saved.get(name) != now[name]]
     if changed:
         raise InputError(f"{message} ({'; '.join(changed)}); {advice}")
 
-
 def refuse_overwrite(paths):
     for path in filter(os.path.exists, paths):
-        raise InputError(f"{path} is there already: --resume goes on from it, another --out starts anew and keeps it")
+        raise InputError(f"{path} is there already: --resume goes on from it, another --out starts anew")
 
+# ---- Ranks, devices, signals ---------------------------------------------------------------------
 
-# -----------------------------------------------------------------------------
-# Ranks, devices, signals
-
-PATIENCE = datetime.timedelta(hours=2)        # for another rank's download or evaluation; torchrun sees to dead ones
+PATIENCE = datetime.timedelta(hours=2)        # with another rank's download; torchrun sees to dead ranks
 LOG_EVERY = 20                                # steps
-
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
-
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def start(args):
-    """Join the ranks, if torchrun started them, and fill in what the device decides: --dtype, --workers. -> device"""
+    """Join the ranks, if torchrun started them, and fill in --dtype and --workers. -> device"""
     accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = accelerator if args.device == "auto" else torch.device(args.device)
     if device.type not in ("cpu", accelerator.type):
         raise InputError(f"device {device} is not available here; there is {accelerator}")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if device.type == "mps":
-            raise InputError("several processes can't share an Apple GPU; run without torchrun, or with --device cpu")
+            raise InputError("several processes can't share an Apple GPU; give --device cpu, or no torchrun")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             if device.index >= torch.cuda.device_count():
-                raise InputError(f"there are more ranks than {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+                raise InputError(f"{torch.cuda.device_count()} GPUs are too few: lower --nproc_per_node")
             torch.cuda.set_device(device)
         # gloo for what need not wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    parts = world_size() * args.accum if "accum" in args else 1
+    if args.batch_size % parts:
+        raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {world_size()} ranks in "
+                         f"{args.accum} micro-batches; choose --batch-size as a multiple of {parts}")
     on_gpu = device.type == "cuda"
     args.compile = args.compile and on_gpu
     if args.workers is None:
@@ -622,7 +546,6 @@ def start(args):
         args.dtype = "bfloat16" if fast else "float32"
     return device
 
-
 def over_ranks(values, operation=dist.ReduceOp.SUM):
     """A list of numbers, summed (or whatever) over ranks. Waits for the other processes, not for GPUs."""
     tensor = torch.tensor(values, dtype=torch.float64)
@@ -630,31 +553,28 @@ def over_ranks(values, operation=dist.ReduceOp.SUM):
         dist.all_reduce(tensor, operation)
     return tensor.tolist()
 
-
 def barrier():
     over_ranks([0])
-
 
 def mean_over_ranks(losses):
     """{name: number or tensor of one} -> the same as numbers, averaged over ranks."""
     totals = over_ranks([float(loss) for loss in losses.values()])
     return {name: total / world_size() for name, total in zip(losses, totals)}
 
+def progress_bar(batches, name, batch_size, **options):
+    """Rank 0's progress through its batches, in images."""
+    return tqdm(batches, name, unit="img", unit_scale=batch_size, disable=rank() > 0, **options)
 
 def say(text):
     """Print a line above the progress bar, once for all ranks."""
     if rank() == 0:
         tqdm.write(text)
 
-
 class StopFlag:
-    """Notes the first SIGTERM or SIGINT, for the training loop to save and stop; a second one ends the process at once.
-
-    A second signal within a second is the first one again: torchrun and the terminal may both deliver it.
-    """
-
+    """Notes the first SIGTERM or SIGINT, for the loop to save and stop. A second one ends the process, unless
+    it comes within a second: torchrun and the terminal may both deliver the first."""
     def __init__(self):
-        self.signal, self.noted = 0, 0
+        self.signal = self.noted = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
@@ -670,9 +590,7 @@ class StopFlag:
             return 0
         return int(over_ranks([self.signal], dist.ReduceOp.MAX)[0])
 
-
-# -----------------------------------------------------------------------------
-# Training
+# ---- Training ------------------------------------------------------------------------------------
 
 def learning_rate(step, steps, warmup, peak, final):
     """Linear warmup to `peak`, then a cosine to `final`, which the step after the last would reach."""
@@ -681,55 +599,42 @@ def learning_rate(step, steps, warmup, peak, final):
     progress = (step - warmup) / max(1, steps - warmup)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
-
 def adamw(model, decays, lr, betas, weight_decay):
-    """AdamW over what is trained in a model, with weight decay for those with decays(name, parameter) only."""
+    """AdamW over what is trained in a model, with weight decay only where decays(name, parameter)."""
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[0 if decays(name, parameter) else 1]["params"].append(parameter)
     return torch.optim.AdamW(groups, lr, betas, fused=True)
 
-
-def distribute(model, device, args):
-    """The model for training on several ranks, as it is on one. InputError if they can't share a batch evenly."""
-    parts = world_size() * args.accum
-    if args.batch_size % parts:
-        raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {world_size()} ranks in {args.accum} "
-                         f"micro-batches; choose --batch-size as a multiple of {parts}")
+def distribute(model, device):
+    """The model for training on several ranks, as it is on one."""
     if world_size() == 1:
         return model
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
-
-def checkpoint_blocks(blocks):
-    """--grad-checkpoint: the backward pass computes again what happens inside a block, instead of keeping it."""
-    for block in blocks:
+def checkpoint_blocks(*lists):
+    """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again."""
+    for block in itertools.chain(*lists):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
 
 def check_finite(name, value):
     if not math.isfinite(value):
-        raise InputError(f"{name} is not finite any more: training has diverged; start anew with a lower --lr")
-
+        raise InputError(f"{name} is not finite: training has diverged; start anew with a lower --lr")
 
 def check_bad_steps(in_row, path, limit=10):
     """InputError when so many steps in a row (ours) were skipped, because their gradient was not finite."""
     if in_row == limit:
         saved = f"--resume goes on from {path}" if os.path.exists(path) else "nothing is saved yet"
-        raise InputError(f"{in_row} steps in a row had gradients that are not finite; {saved}; if it happens again, "
-                         "start anew with a lower --lr")
+        raise InputError(f"{in_row} steps in a row had gradients that are not finite; {saved}; if it happens "
+                         "again, start anew with a lower --lr")
 
-
-# -----------------------------------------------------------------------------
-# Files
+# ---- Files ---------------------------------------------------------------------------------------
 
 def replace_file(path, write):
-    """write(file) aside, sync, then rename: whoever reads `path` finds the old content or the new, never half of one.
-
-    InputError when it can't be written; the old content is then untouched.
-    """
+    """write(file) aside, sync, then rename: `path` holds the old content or the new, never half of one.
+    InputError when it can't be written; the old content is then untouched."""
     folder, aside = os.path.dirname(os.path.abspath(path)), f"{path}.tmp"
     try:
         os.makedirs(folder, exist_ok=True)
@@ -746,13 +651,8 @@ def replace_file(path, write):
             os.remove(aside)
         raise InputError(f"can't write {path} ({error}); make room, or name another place") from None
 
-
-def write_json(path, values):
-    replace_file(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
-
-
 def create_array(path, dtype, shape, fill):
-    """A new memory-mapped .npy of one value. It takes its room on the disk now, so that a full disk says so here."""
+    """A new memory-mapped .npy of one value. It takes its room on the disk now: a full disk says so here."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
@@ -761,14 +661,12 @@ def create_array(path, dtype, shape, fill):
     array[:] = fill
     array.flush()
 
-
 def file_digest(path):
     """The sha256 of a file in hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
-# Checkpoints: {"kind": "tokenizer" or "ar", "config": dict, "model": state dict, and whatever else belongs to it}
+# A checkpoint is a dict: {"kind": "tokenizer" or "ar", "config": dict, "model": state dict, and more}.
 
 def save_checkpoint(path, **content):
     """Write a checkpoint. Rank 0 does it, the others wait."""
@@ -776,29 +674,24 @@ def save_checkpoint(path, **content):
         replace_file(path, lambda file: torch.save(content, file))
     barrier()
 
-
 def in_dtype(state, dtype):
     """A state dict in the dtype of --save-dtype."""
     return {name: value.to(getattr(torch, dtype)) for name, value in state.items()}
 
-
 def read_torch(path):
-    """The dict in a file of torch's, on the CPU, loaded without running code from it. InputError for anything else."""
+    """The dict in a file of torch's, on the CPU; no code in it runs. InputError for anything else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     except Exception as error:                # pickle, zip and torch each have their own kinds
-        raise InputError(f"{path} can't be loaded as weights without running code from it, or it is incomplete or "
-                         f"damaged ({' '.join(str(error).split())[:300]}); copy or download it again") from None
+        raise InputError(f"{path} is damaged or incomplete, or loading it would run code; get it again "
+                         f"({' '.join(str(error).split())[:300]})") from None
     return content
-
 
 def load_checkpoint(path, kind, from_released=lambda state: None):
     """-> the dict that `save_checkpoint` wrote. InputError for anything but a checkpoint of this kind.
-
-    from_released: turns the content of a file of the authors into such a dict, or returns None.
-    """
+    from_released: turns the content of a file of the authors into such a dict, or returns None."""
     if not os.path.isfile(path):
         writer = {"tokenizer": "train_tokenizer.py", "ar": "train_ar.py"}[kind]
         raise InputError(f"no such checkpoint: {path} ({writer} writes it)")
@@ -811,7 +704,6 @@ def load_checkpoint(path, kind, from_released=lambda state: None):
         raise InputError(f"{path} is not a checkpoint of kind '{kind}', nor a released one")
     return content
 
-
 def load_weights(model, state, path):
     """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape."""
     try:
@@ -819,16 +711,13 @@ def load_weights(model, state, path):
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model: {' '.join(str(error).split())[:1500]}") from None
 
-
 def load_training_state(path, kind, fixed):
-    """The state that --resume goes on from; None, with a word, when there is none yet.
-
-    InputError when the ranks see different files, or when `fixed`, what decides the result, is not what it was.
-    """
+    """The state that --resume goes on from; None, with a word, when there is none yet. InputError when ranks
+    see different files, or when `fixed`, what decides the result, is not what it was."""
     state = load_checkpoint(path, kind) if os.path.exists(path) else None
     step = state["step"] if state else 0
     if over_ranks([step])[0] != step * world_size():
-        raise InputError(f"the ranks see different contents in {path}; --out must be one folder for all of them")
+        raise InputError(f"ranks see different contents in {path}; --out must be one folder for all of them")
     if state:
         refuse_changes(f"{path} was trained with other settings", state["fixed"], fixed,
                        "resume with the old ones, or start anew in another --out")
@@ -836,20 +725,17 @@ def load_training_state(path, kind, fixed):
         say(f"no training state at {path} yet: starting at the first step")
     return state
 
-
 class Log:
-    """`log.jsonl`: one JSON object a line, {"run": ..., "step": ..., ...}. Rank 0 writes; a resumed run drops its lines
-    from beyond the step it goes on from, so the log reads as if nothing had happened."""
-
+    """`log.jsonl`, a JSON object a line: {"run": ..., "step": ..., ...}. Rank 0 writes. A resumed run drops
+    its lines of later steps, so the log reads as if nothing had happened."""
     def __init__(self, path, name, step):
-        self.path, self.name = path, name
+        self.path, self.name, kept = path, name, []
         if rank() == 0:
-            lines = []
             if os.path.exists(path):
                 with open(path, "rb") as file:
                     lines = [line for line in file if line.endswith(b"\n")]
-            entries = [json.loads(line) for line in lines]
-            kept = [line for line, entry in zip(lines, entries) if entry["run"] != name or entry["step"] <= step]
+                entries = zip(lines, map(json.loads, lines))
+                kept = [line for line, entry in entries if entry["run"] != name or entry["step"] <= step]
             replace_file(path, lambda file: file.writelines(kept))
 
     def write(self, step, **values):
@@ -857,9 +743,7 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"run": self.name, "step": step, **values}) + "\n")
 
-
-# -----------------------------------------------------------------------------
-# Pictures out
+# ---- Pictures out --------------------------------------------------------------------------------
 
 def grid_image(images, columns):
     """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between."""
@@ -867,9 +751,9 @@ def grid_image(images, columns):
     sheet = Image.new("RGB", (columns * (width + 2) + 2, -(-n // columns) * (height + 2) + 2), "white")
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for k, picture in enumerate(pixels):
-        sheet.paste(Image.fromarray(picture), (2 + k % columns * (width + 2), 2 + k // columns * (height + 2)))
+        row, column = divmod(k, columns)
+        sheet.paste(Image.fromarray(picture), (2 + column * (width + 2), 2 + row * (height + 2)))
     return sheet
-
 
 def save_picture(path, picture):
     """A PIL image -> a PNG file. Rank 0 writes."""

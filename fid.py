@@ -1,22 +1,21 @@
 """Networks of others that judge pictures, and the numbers that generated pictures are judged by.
 
-    python fid.py reference.npz samples.npz                   # each an .npz of images or statistics, or a folder of images
+    python fid.py reference.npz samples.npz      # each an .npz of images or statistics, or a folder of images
     python fid.py imagenet/val --crop 256 --save-stats val.npz
-    python fid.py --tokenizer out/tokenizer.pt --data shapes  # rFID, PSNR, SSIM and codebook use; --data also takes a folder
+    python fid.py --tokenizer out/tokenizer.pt --data shapes            # rFID, PSNR, SSIM and codebook use
     torchrun --nproc_per_node=8 fid.py reference.npz samples.npz
 
 Notable:
-- FID, sFID, Inception Score, precision and recall are those of ADM's evaluator. Its network is the Inception of
-  2015-12-05, not torchvision's: average pools leave padding out, the last block pools with max, and pictures are
-  resized as TensorFlow 1 did it.
-- Where a file holds mu, sigma, mu_s, sigma_s, they stand for FID and sFID; its arr_0 serves precision and recall.
+- FID, sFID, Inception Score, precision and recall are those of ADM's evaluator. Its network is the Inception
+  of 2015-12-05, not torchvision's: average pools leave padding out, the last block pools with max, and pictures
+  are resized as TensorFlow 1 did it.
+- Where a file holds mu, sigma, mu_s, sigma_s, they stand for FID and sFID; arr_0 serves precision and recall.
 - Images pass by in batches; what stays in memory is 16 kB of features an image. Gaussians are float64.
 - The Inception Score is averaged over runs of 5000 images in file order, so classes must be well mixed.
 - ConvNeXt and LPIPS, which the tokenizer's losses use, stand here too: one table of files, one loader.
 """
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -28,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 from data import InputError
@@ -38,10 +36,7 @@ PUBLISHED = "6726825d"           # how the sha256 of the published Inception beg
 FEW_IMAGES = 5000                # ours: below, a warning that FID is biased
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
-
-# -----------------------------------------------------------------------------
-# Where the weights of these networks are published, and how the digests of the files begin
-
+# Where the weights are published, and how the sha256 of the files begins.
 WEIGHTS = {
     "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                   "pt_inception-2015-12-05-6726825d.pth", PUBLISHED),
@@ -50,12 +45,9 @@ WEIGHTS = {
     "lpips": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", ""),
 }
 
-
 def find_weights(name, place=None):
-    """The path of a network's weights: the file `place`, its file in the folder `place`, or downloaded once (None).
-
-    One rank of each machine downloads, to torch.hub's folder. InputError when the file can't be had.
-    """
+    """The path of a network's weights: `place`, the file in the folder `place`, or downloaded once (None).
+    One rank of each machine downloads, to torch.hub's folder. InputError when the file can't be had."""
     address, digest = WEIGHTS[name]
     file_name = os.path.basename(address)
     if place:
@@ -66,12 +58,11 @@ def find_weights(name, place=None):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(address, path, digest)
         except (OSError, RuntimeError) as error:
-            raise InputError(f"can't download {file_name} ({error}); fetch {address} elsewhere and put it at {path}, or "
-                             "name its place with --inception or --vision-weights, where 'random' does without, for "
-                             "trials") from None
+            raise InputError(f"can't download {file_name} ({error}); fetch {address} elsewhere and put it at "
+                             f"{path}, or name its place by --inception or --vision-weights ('random' does "
+                             "without, for trials)") from None
     data.barrier()
     return path
-
 
 @contextlib.contextmanager
 def seed_0():
@@ -80,12 +71,10 @@ def seed_0():
         torch.manual_seed(0)
         yield
 
+# ---- Inception of 2015-12-05. Modules bear the names that the weights file gives them. -----------
 
-# -----------------------------------------------------------------------------
-# Inception of 2015-12-05. Modules bear the names that the weights file gives them.
-
-# A line a block: its pool, then its branches side by side. A branch has a name and steps of channels:kernel, the last one
-# with stride 2 if the pool ends in /2. A step with two kernels is two convolutions side by side, on the same input.
+# A line a block: its pool, then branches side by side. A branch has a name and steps, channels:kernel. The
+# last step has stride 2 if the pool ends in /2. Two kernels in a step are two convolutions of the same input.
 MIXED = {
     "5b": "avg   | 1x1 64:1x1  | 5x5 48:1x1 64:5x5 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool 32:1x1",
     "5c": "avg   | 1x1 64:1x1  | 5x5 48:1x1 64:5x5 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool 64:1x1",
@@ -100,14 +89,14 @@ MIXED = {
     "6e": "avg   | 1x1 192:1x1 | 7x7 192:1x1 192:1x7 192:7x1 | "
           "7x7dbl 192:1x1 192:7x1 192:1x7 192:7x1 192:1x7 | _pool 192:1x1",
     "7a": "max/2 | 3x3 192:1x1 320:3x3 | 7x7x3 192:1x1 192:1x7 192:7x1 192:3x3 | _pool",
-    "7b": "avg   | 1x1 320:1x1 | 3x3 384:1x1 384:1x3:3x1 | 3x3dbl 448:1x1 384:3x3 384:1x3:3x1 | _pool 192:1x1",
-    "7c": "max   | 1x1 320:1x1 | 3x3 384:1x1 384:1x3:3x1 | 3x3dbl 448:1x1 384:3x3 384:1x3:3x1 | _pool 192:1x1",
+    "7b": "avg   | 1x1 320:1x1 | 3x3 384:1x1 384:1x3:3x1 | "
+          "3x3dbl 448:1x1 384:3x3 384:1x3:3x1 | _pool 192:1x1",
+    "7c": "max   | 1x1 320:1x1 | 3x3 384:1x1 384:1x3:3x1 | "
+          "3x3dbl 448:1x1 384:3x3 384:1x3:3x1 | _pool 192:1x1",
 }
-
 
 class ConvNorm(nn.Module):
     """Convolution, batch norm, ReLU. Keeps the size unless it has a stride or is not padded."""
-
     def __init__(self, inputs, outputs, kernel, stride=1, padded=True):
         super().__init__()
         kernel = [int(size) for size in kernel.split("x")]
@@ -118,10 +107,8 @@ class ConvNorm(nn.Module):
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
-
 class Mixed(nn.Module):
     """A block of MIXED: (B, inputs, h, w) -> (B, self.outputs, h, w), or half the size."""
-
     def __init__(self, inputs, line):
         super().__init__()
         pool, *branches = line.split("|")
@@ -131,7 +118,7 @@ class Mixed(nn.Module):
             width, self.branches[name] = inputs, []
             for k, step in enumerate(steps, 1):
                 channels, *kernels = step.split(":")
-                number = f"_{k}" if len(steps) > 1 else ""                   # as the weights file counts: _1, _2a, _2b
+                number = f"_{k}" if len(steps) > 1 else ""          # as the weights file counts: _1, _2a, _2b
                 names = [f"branch{name}{number}{letter}" for letter in ("ab" if len(kernels) > 1 else [""])]
                 for conv, kernel in zip(names, kernels):
                     stride = self.stride if k == len(steps) else 1
@@ -153,10 +140,8 @@ class Mixed(nn.Module):
             outputs.append(y)
         return torch.cat(outputs, 1)
 
-
 class Inception(nn.Module):
     """(B, 3, 299, 299) floats from `prepare` -> (B, 4071): 2048 pool features, 2023 spatial ones."""
-
     def __init__(self):
         super().__init__()
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, "3x3", stride=2)
@@ -168,24 +153,21 @@ class Inception(nn.Module):
         for name, line in MIXED.items():
             self.add_module(f"Mixed_{name}", Mixed(channels, line))
             channels = self.get_submodule(f"Mixed_{name}").outputs
-        self.fc = nn.Linear(2048, 1008)                                      # its weight serves the Inception Score
+        self.fc = nn.Linear(2048, 1008)                                # its weight serves the Inception Score
 
     def forward(self, x):
         x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))                        # (B, 32, 147, 147)
         x = F.max_pool2d(self.Conv2d_2b_3x3(x), 3, 2)                        # (B, 64, 73, 73)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)    # (B, 192, 35, 35)
-        for name in MIXED:                                                   # 5: 35 x 35, 6: 17 x 17, 7: 8 x 8
+        for name in MIXED:                                                  # 5: 35 x 35, 6: 17 x 17, 7: 8 x 8
             x = self.get_submodule(f"Mixed_{name}")(x)
             if name == "6d":
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)            # (B, 2023): of the 1x1 branch
         return torch.cat([x.mean((2, 3)), spatial], 1)
 
-
 def prepare(images):
-    """(B, 3, H, W) uint8 -> (B, 3, 299, 299) floats in [-1, 1), resized by TensorFlow 1's bilinear rule.
-
-    That rule has no half-pixel centres: output pixel k reads the input at k * size / 299.
-    """
+    """(B, 3, H, W) uint8 -> (B, 3, 299, 299) floats in [-1, 1), resized by TensorFlow 1's bilinear rule. That
+    rule has no half-pixel centres: output pixel k reads the input at k * size / 299."""
     x = images.float()
     for dim in (2, 3):
         size = x.shape[dim]
@@ -195,12 +177,9 @@ def prepare(images):
         x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(size - 1)), share)
     return (x - 128) / 128
 
-
 def load_inception(place=None, device=torch.device("cpu")):
     """The network, frozen. `origin` says whose figures these are: how the file's sha256 begins, or "random".
-
-    place: a weights file, "random" (seeded, to try things offline), or None for the published weights.
-    """
+    place: a weights file, "random" (seeded, to try things offline), or None for the published weights."""
     with seed_0():
         net = Inception().requires_grad_(False)
         for module in net.modules():
@@ -215,13 +194,10 @@ def load_inception(place=None, device=torch.device("cpu")):
         net.to(memory_format=torch.channels_last)                            # 1.7 times as fast there
     return net.to(device).eval()
 
-
-# -----------------------------------------------------------------------------
-# ConvNeXt-S and LPIPS, in float32. Modules bear the names that torchvision's weight files give them.
+# ---- ConvNeXt-S and LPIPS, in float32. Modules bear the names that torchvision's weight files give them.
 
 class Normalize(nn.Module):
     """Images in [0, 1] -> ImageNet's mean 0 and deviation 1, a channel."""
-
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
@@ -230,13 +206,10 @@ class Normalize(nn.Module):
     def forward(self, images):
         return (images - self.mean) / self.std
 
-
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, H, W)."""
-
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
 
 class ConvNeXtBlock(nn.Module):
     def __init__(self, width):
@@ -247,14 +220,13 @@ class ConvNeXtBlock(nn.Module):
         self.layer_scale = nn.Parameter(torch.ones(width, 1, 1))
 
     def forward(self, x):
-        y = self.block["2"](self.block["0"](x).permute(0, 2, 3, 1))                                  # (B, h, w, C)
+        y = self.block["2"](self.block["0"](x).permute(0, 2, 3, 1))                             # (B, h, w, C)
         y = self.block["5"](F.gelu(self.block["3"](y)))
         return x + self.layer_scale * y.permute(0, 3, 1, 2)
 
-
 class ConvNeXt(nn.Module):
-    """ConvNeXt-S (arXiv 2201.03545): images (B, 3, H, W) in [0, 1], seen at 224 x 224 -> ImageNet logits (B, 1000)."""
-
+    """ConvNeXt-S (arXiv 2201.03545): images (B, 3, H, W) in [0, 1], seen at 224 x 224 -> ImageNet logits (B,
+    1000)."""
     def __init__(self):
         super().__init__()
         layers = [nn.Sequential(nn.Conv2d(3, 96, 4, stride=4), ChannelNorm(96, eps=1e-6))]
@@ -270,13 +242,11 @@ class ConvNeXt(nn.Module):
         images = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
         return self.classifier(self.features(self.normalize(images)).mean((2, 3), keepdim=True))
 
-
 class LPIPS(nn.Module):
     """LPIPS with VGG16 (arXiv 1801.03924): two batches of images (B, 3, H, W) in [0, 1] -> distances (B,)."""
-
     def __init__(self):
         super().__init__()
-        layers, channels, self.ends = [], 3, []              # ends: the last ReLU of each of VGG16's five stages
+        layers, channels, self.ends = [], 3, []           # ends: the last ReLU of each of VGG16's five stages
         for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
             for _ in range(depth):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
@@ -296,13 +266,10 @@ class LPIPS(nn.Module):
                 distance = distance + ((one - other).pow(2) * weight).sum(1).mean((1, 2))
         return distance
 
-
 def load_judges(place, device):
-    """{"convnext": ConvNeXt, "lpips": LPIPS}, frozen, with public weights from the folder `place`, or downloaded once.
-
-    "random" gives seeded stand-ins, to try things offline. InputError when a file is missing, damaged or of another
-    network.
-    """
+    """{"convnext": ConvNeXt, "lpips": LPIPS}, frozen, with public weights from the folder `place`, or
+    downloaded once. "random" gives seeded stand-ins, to try things offline. InputError when a file is
+    missing, damaged or of another network."""
     with seed_0():
         judges = {"convnext": ConvNeXt(), "lpips": LPIPS()}
     if place != "random":
@@ -315,13 +282,10 @@ def load_judges(place, device):
         data.load_weights(judges["lpips"], lpips, f"{paths[1]} with {paths[2]}")
     return {name: net.to(device).eval().requires_grad_(False) for name, net in judges.items()}
 
-
-# -----------------------------------------------------------------------------
-# Where images come from
+# ---- Images and their statistics ----------------------------------------------------------------------
 
 class NpzImages:
     """`arr_0` of an .npz, uint8 (n, H, W, 3), read image by image and never in memory as a whole."""
-
     def __init__(self, path):
         self.path, self.file = path, None
         try:
@@ -330,10 +294,10 @@ class NpzImages:
                 self.shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
                 self.start = file.tell()
         except Exception as error:            # zipfile, zlib and numpy each have their own kinds
-            raise InputError(f"{path} is not an .npz file of images (arr_0), or it is damaged ({error})") from None
+            raise InputError(f"{path} is no .npz of images (arr_0), or it is damaged ({error})") from None
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or by_column:
-            raise InputError(f"arr_0 in {path} must be images of one size, uint8 (n, H, W, 3) from 0 to 255; it is "
-                             f"{dtype} {self.shape}{' in Fortran order' if by_column else ''}")
+            raise InputError(f"arr_0 in {path} must be images of one size, uint8 (n, H, W, 3) in C order; it "
+                             f"is {dtype} {self.shape}")
 
     def __len__(self):
         return self.shape[0]
@@ -349,47 +313,33 @@ class NpzImages:
             raise InputError(f"{self.path} is damaged or incomplete around image {index} ({error})") from None
         return data.to_tensor(pixels), index
 
-
 class Folder:
-    """All images in a folder, at any depth, in the order of their paths; centre-cropped to crop x crop if given."""
-
+    """All images in a folder, at any depth, in the order of their paths; cropped to crop x crop if given."""
     def __init__(self, folder, crop=None):
         self.crop, self.paths = crop, data.image_files(folder)
+        self.size = None if crop or not self.paths else data.read_image(self.paths[0]).size
 
     def __len__(self):
         return len(self.paths)
-
-    @functools.cached_property
-    def size(self):
-        return data.read_image(self.paths[0]).size
 
     def read(self, epoch, index):
         image = data.read_image(self.paths[index])
         if self.crop:
             return data.centre_crop(image, self.crop), index
         if image.size != self.size:
-            raise InputError(f"images must be of one size: {self.paths[index]} is {image.width}x{image.height}, "
-                             f"{self.paths[0]} {self.size[0]}x{self.size[1]}; --crop N makes them N x N as ADM prepares "
-                             "ImageNet")
+            raise InputError(f"images must be of one size: {self.paths[index]} is {image.size}, others are "
+                             f"{self.size}; --crop N makes them N x N, as ADM prepares ImageNet")
         return data.to_tensor(np.asarray(image)), index
 
-
 def image_batches(images, name, args):
-    """This rank's share of --num-images of a set, evenly spread, with a progress bar.
-
-    Yields their places in the whole selection, a slice, and the images (B, 3, H, W) uint8.
-    """
+    """This rank's share of --num-images of a set, evenly spread: their places in the selection, a slice, and
+    images (B, 3, H, W) uint8."""
     chosen = data.spread(len(images), args.num_images or len(images))
     spans = data.rank_spans(len(chosen), args.batch_size)
-    stream = data.batches(images.read, [[(0, index) for index in chosen[span]] for span in spans], args.workers)
-    with tqdm(total=len(chosen), desc=name, unit="img", disable=data.rank() > 0) as progress:
-        for span, (pixels, _) in zip(spans, stream):
-            yield span, pixels
-            progress.update(min(len(pixels) * data.world_size(), len(chosen) - progress.n))
-
-
-# -----------------------------------------------------------------------------
-# Statistics of many images
+    keys = [[(0, index) for index in chosen[span]] for span in spans]
+    stream = data.batches(images.read, keys, args.workers)
+    for span, (pixels, _) in zip(data.progress_bar(spans, name, args.batch_size), stream):
+        yield span, pixels
 
 def gaussian(rows):
     """(n, D) -> mean (D,), covariance (D, D), in float64 on the CPU."""
@@ -398,6 +348,18 @@ def gaussian(rows):
     scatter = sum((part - mean).T @ (part - mean) for part in rows.split(4096))
     return mean.cpu(), scatter.cpu() / (len(rows) - 1)
 
+def statistics(rows, name):
+    """Features (n, 4071), each image's on one rank and zero on the others -> on rank 0 a dict of "mu",
+    "sigma" of the pool features, "mu_s", "sigma_s" of the spatial ones, and "pool" (n, 2048); on the others
+    {}."""
+    if len(rows) < 2:
+        raise InputError(f"statistics need two images at least, found {len(rows)} in {name}")
+    if dist.is_initialized():
+        dist.reduce(rows, 0)
+    if data.rank() > 0:
+        return {}
+    pool, spatial = rows.split([2048, 2023], 1)
+    return dict(zip([*STATISTICS, "pool"], [*gaussian(pool), *gaussian(spatial), pool]))
 
 def extract(images, net, device, name, args):
     """`statistics` of --num-images images of a set, by default of all."""
@@ -406,92 +368,61 @@ def extract(images, net, device, name, args):
         rows[places] = net(prepare(pixels.to(device, non_blocking=True)))
     return statistics(rows, name)
 
-
-def statistics(rows, name):
-    """Features (n, 4071), each image's on one rank and zero on the others -> on rank 0 {"mu", "sigma": of the pool
-    features, "mu_s", "sigma_s": of the spatial ones, "pool": (n, 2048), "count"}, on the others {}.
-
-    InputError for fewer than two images.
-    """
-    if len(rows) < 2:
-        raise InputError(f"statistics need two images at least, found {len(rows)} in {name}")
-    if dist.is_initialized():
-        dist.reduce(rows, 0)
-    if data.rank() > 0:
-        return {}
-    pool, spatial = rows.split([2048, 2023], 1)
-    return dict(zip([*STATISTICS, "pool", "count"], [*gaussian(pool), *gaussian(spatial), pool, len(pool)]))
-
-
 def load_statistics(path, net, device, args):
-    """Like Features.finish, of an .npz of images or statistics or both, or of a folder; without what can't be known.
-
-    InputError for anything else, and for statistics of another network.
-    """
+    """Like `statistics`, of an .npz of images or statistics or both, or of a folder; without what is not
+    there. InputError for anything else, and for statistics of another network."""
     if os.path.isdir(path):
         return extract(Folder(path, args.crop), net, device, path, args)
     try:
         with np.load(path, allow_pickle=False) as file:
             names = file.files
-            stored = {name: file[name] for name in [*STATISTICS, "count", "inception"] if name in names}
+            stored = {name: file[name] for name in STATISTICS if name in names}
+            origin = str(file["inception"]) if "inception" in names else PUBLISHED
     except Exception as error:                # zipfile, zlib and numpy each have their own kinds
-        raise InputError(f"{path} is not an .npz file, or it is damaged ({error})") from None
-    for name, shape in STATISTICS.items():
-        if name in stored and (stored[name].shape != shape or not np.isfinite(stored[name]).all()):
-            raise InputError(f"{name} in {path} must be finite floats {shape}, it is {stored[name].dtype} "
-                             f"{stored[name].shape}")
+        raise InputError(f"{path} is no .npz file, or it is damaged ({error})") from None
+    for name, value in stored.items():
+        if value.shape != STATISTICS[name] or not np.isfinite(value).all():
+            raise InputError(f"{name} in {path} must be finite, {STATISTICS[name]}, found {value.shape}")
     if "arr_0" not in names and not {"mu", "sigma"} <= stored.keys():
-        raise InputError(f"{path} has neither images (arr_0) nor statistics (mu, sigma), only {', '.join(names)}")
-    origin = str(stored.pop("inception", PUBLISHED))
-    if "mu" in stored and origin != net.origin:
-        raise InputError(f"the statistics in {path} come from the Inception {origin}, this run's is {net.origin}")
-    statistics = extract(NpzImages(path), net, device, path, args) if "arr_0" in names else {}
-    count = stored.pop("count", None)
-    if "mu" in stored:
-        statistics["count"] = None if count is None else int(count)          # of the images that the statistics are of
-    return statistics | {name: torch.from_numpy(value).double() for name, value in stored.items()}
+        raise InputError(f"{path} has neither images (arr_0) nor statistics (mu, sigma), only {names}")
+    if stored and origin != net.origin:
+        raise InputError(f"the statistics in {path} are of Inception {origin}, this run's is {net.origin}")
+    of_images = extract(NpzImages(path), net, device, path, args) if "arr_0" in names else {}
+    return of_images | {name: torch.from_numpy(value).double() for name, value in stored.items()}
 
-
-# -----------------------------------------------------------------------------
-# The metrics
+# ---- The metrics ---------------------------------------------------------------------------------
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians: means (D,), covariances (D, D) of any rank.
-
-    With S = F F^T the trace of sqrt(S1 S2) is the sum of the singular values of F1^T F2. An eigenvalue that should be 0 and
-    is 1e-16 by rounding has the square root 1e-8; a singular value stays at 1e-16.
-    """
+    """Squared Frechet distance of two Gaussians: means (D,), covariances (D, D) of any rank. With S = F F^T
+    the trace of sqrt(S1 S2) is the sum of the singular values of F1^T F2. They keep rounding at 1e-16, where
+    a square root of an eigenvalue that should be 0 would make 1e-8 of it."""
     def factor(sigma):
         values, vectors = torch.linalg.eigh(sigma.double())
         kept = values > values.abs().max() * len(values) * torch.finfo(torch.float64).eps
         return vectors[:, kept] * values[kept].sqrt()                        # (D, rank)
 
     overlap = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
-    return max(0.0, ((mu1 - mu2).double().square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap).item())
-
+    distance = (mu1 - mu2).double().square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap
+    return max(0.0, distance.item())
 
 def inception_score(pool, weight, split=5000):
-    """exp of the mean KL divergence from each image's classes to their average, over runs of `split` images, averaged.
-
-    pool (n, 2048); weight (1008, 2048), of the last layer, whose bias ADM's evaluator leaves out.
-    """
+    """exp of the mean KL divergence from each image's classes to their average; the mean over runs of
+    `split`. pool (n, 2048); weight (1008, 2048) of the last layer, whose bias ADM's evaluator leaves out."""
     weight, scores = weight.cpu().double(), []
     for part in pool.split(split):
         log_p = (part.cpu().double() @ weight.T).log_softmax(1)
         scores.append((log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1).mean().exp())
     return torch.stack(scores).mean().item()
 
-
 def precision_recall(reference, samples, k=3, block=25_000_000):
-    """Share of samples within the reference's manifold, and of the reference within theirs (Kynkaanniemi et al.).
-
-    A manifold is the union of balls around features, each as wide as the distance to the k-th nearest other feature.
-    reference (n, D), samples (m, D), on one device; `block` distances are held at a time. None twice for k images or
-    fewer.
-    """
+    """Share of samples (m, D) within the manifold of the reference (n, D), and of the reference within
+    theirs. A manifold is the union of balls around features, as wide as the distance to the k-th nearest
+    other feature (Kynkaanniemi et al.). `block` distances are held at a time. None twice for k images or
+    fewer."""
     if min(len(reference), len(samples)) <= k:
         return None, None
-    reference, samples = reference - reference.mean(0), samples - reference.mean(0)   # small numbers: exact distances
+    centre = reference.mean(0)                # distances are exact between small numbers
+    reference, samples = reference - centre, samples - centre
 
     def distances(a, b):                      # from blocks of a to all of b: (rows, len(b)) each
         return (torch.cdist(rows, b) for rows in a.split(max(1, block // len(b))))
@@ -502,9 +433,9 @@ def precision_recall(reference, samples, k=3, block=25_000_000):
 
     return covered(samples, reference), covered(reference, samples)
 
-
 def compare(reference, samples, net):
-    """Two results of `load_statistics` -> {"FID", "sFID", "IS", "precision", "recall"}: numbers, None where unknown."""
+    """Two results of `load_statistics` -> {"FID", "sFID", "IS", "precision", "recall"}: numbers, None where
+    unknown."""
     scores = dict.fromkeys(["FID", "sFID", "IS", "precision", "recall"])
     for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         if mu in reference and mu in samples:
@@ -515,20 +446,15 @@ def compare(reference, samples, net):
             scores["precision"], scores["recall"] = precision_recall(reference["pool"], samples["pool"])
     return scores
 
-
 def psnr(a, b):
     """Peak signal-to-noise ratio of each pair of images in [0, 1], in dB: (B, 3, H, W) twice -> (B,)."""
     return -10 * (a - b).float().pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
 
-
 def ssim(a, b):
-    """Structural similarity of each pair of images in [0, 1]: (B, 3, H, W) twice -> (B,). InputError below 11 pixels.
-
-    Wang et al.'s: Gaussian window 11 x 11 of sigma 1.5, wholly inside the image, K 0.01 and 0.03, data range 1, RGB
-    averaged.
-    """
+    """Structural similarity of each pair of images in [0, 1]: (B, 3, H, W) twice -> (B,). Wang et al.'s:
+    Gaussian window 11 x 11 of sigma 1.5 within the image, K 0.01 and 0.03, averaged over RGB."""
     if min(a.shape[2:]) < 11:
-        raise InputError(f"SSIM needs images of 11 pixels a side at least, these are {a.shape[3]}x{a.shape[2]}")
+        raise InputError(f"SSIM needs images of 11 pixels a side at least, found {tuple(a.shape[2:])}")
     line = torch.exp(-torch.arange(-5.0, 6.0, device=a.device).square() / (2 * 1.5 ** 2))
     window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
 
@@ -541,13 +467,10 @@ def ssim(a, b):
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     return ((2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))).mean((1, 2, 3))
 
-
 def tokenizer_metrics(tokenizer, images, net, device, args):
-    """How well a tokenizer reconstructs --num-images pictures of a data set of its image size.
-
-    -> {"rFID", "PSNR" in dB, "SSIM", "codebook_use": share of codes that occur}, and the number of pictures; {} on ranks
-    above 0. Reconstructions are rounded to 8 bits, as saved pictures are.
-    """
+    """How well a tokenizer reconstructs --num-images pictures of a data set of its image size, on rank 0:
+    {"rFID", "PSNR" in dB, "SSIM", "codebook_use": share of codes that occur, "images"}. Reconstructions are
+    rounded to 8 bits, as saved pictures are."""
     count = min(len(images), args.num_images or len(images))
     real, painted = torch.zeros(2, count, 4071, device=device)
     totals = torch.zeros(2 + tokenizer.config.codebook_size, dtype=torch.float64)      # PSNR, SSIM, each code
@@ -562,49 +485,25 @@ def tokenizer_metrics(tokenizer, images, net, device, args):
     psnr_sum, ssim_sum, *codes = data.over_ranks(totals.tolist())
     real, painted = statistics(real, args.data), statistics(painted, args.data)
     if not real:
-        return {}, count
+        return {}
     return {"rFID": frechet_distance(real["mu"], real["sigma"], painted["mu"], painted["sigma"]),
-            "PSNR": psnr_sum / count, "SSIM": ssim_sum / count, "codebook_use": np.mean(np.array(codes) > 0)}, count
+            "PSNR": psnr_sum / count, "SSIM": ssim_sum / count,
+            "codebook_use": sum(uses > 0 for uses in codes) / len(codes), "images": [count]}
 
-
-# -----------------------------------------------------------------------------
-
-UNITS = {"PSNR": "dB", "SSIM": "", "codebook_use": "of the codes"}           # these need no Inception
-
-
-def report(scores, net, counts, as_json):
-    """Print {name: number or None} for people or, as JSON, for machines; warnings go to stderr."""
-    warnings, published = [], net.origin == PUBLISHED
-    if not published:
-        warnings.append(f"Inception is not the published one but {net.origin}: its figures compare with no others")
-    few = [count for count in counts if count is not None and count < FEW_IMAGES]
-    if few and len(scores) > 1:               # an Inception Score alone is no FID
-        warnings.append(f"FID of {min(few)} images is biased upwards; compare it only with figures of as many images")
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({**scores, "images": counts, "inception": net.origin, "comparable": published,
-                          "warnings": warnings}))
-        return
-    for name, value in scores.items():
-        unit = UNITS.get(name, "" if published else "(not comparable with published figures)")
-        known = "unknown (it takes images, 4 at least)" if value is None else f"{value:.6g} {unit}"
-        print(f"{name:<17}{known}".rstrip())
-
+# ---- Command line -----------------------------------------------------------------------------------
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     add = parser.add_argument
-    add("reference", nargs="?", help=".npz of images or statistics, or folder; alone, it gets an Inception Score")
+    add("reference", nargs="?", help=".npz of images or statistics, or folder; alone, an Inception Score")
     add("samples", nargs="?", help="likewise; judged against the reference")
     add("--tokenizer", help="judge this tokenizer's reconstructions of --data")
-    add("--data", help="'shapes', the built-in validation pictures, or a folder of images, to be centre-cropped")
-    add("--num-images", type=data.number(int, 2), help="so many images of each set, evenly spread (default: all)")
-    add("--crop", type=data.positive, help="make a folder's images this size: shorter side resized, centre cropped")
+    add("--data", help="'shapes', the built-in validation pictures, or a folder of images, centre-cropped")
+    add("--num-images", type=data.number(int, 2), help="so many images of each set, evenly spread (all)")
+    add("--crop", type=data.positive, help="make a folder's images this size: resized, centre-cropped")
     add("--save-stats", metavar="NPZ", help="write mu, sigma, mu_s and sigma_s of the last argument")
-    add("--inception", metavar="PATH", help="weights file (default: downloaded once), or 'random', for trials")
+    add("--inception", metavar="PATH", help="weights file (downloaded once), or 'random', for trials")
     add("--batch-size", type=data.positive, default=64, help="(%(default)s)")
-    add("--json", action="store_true", help="print one JSON object")
     data.add_device_arguments(parser)
     args = parser.parse_args()
     if bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
@@ -612,7 +511,6 @@ def parse_args():
     if args.tokenizer and (args.crop or args.save_stats):
         parser.error("--crop and --save-stats go with sets of images, not with --tokenizer")
     return args
-
 
 def main():
     args = parse_args()
@@ -627,20 +525,28 @@ def main():
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer, device)
         size = tokenizer.config.image_size
-        images = data.Shapes("val", size, length=args.num_images) if args.data == "shapes" else Folder(args.data, size)
-        scores, count = tokenizer_metrics(tokenizer, images, net, device, args)
-        counts = [count]
+        shapes = data.Shapes("val", size, length=args.num_images)
+        images = shapes if args.data == "shapes" else Folder(args.data, size)
+        scores = tokenizer_metrics(tokenizer, images, net, device, args)
     else:
         sets = [load_statistics(path, net, device, args) for path in paths]
-        scores, counts = compare(sets[0], sets[-1], net), [statistics.get("count") for statistics in sets]
+        scores = compare(sets[0], sets[-1], net)
         if not args.samples:
             scores = {"IS": scores["IS"]}
-    if data.rank() == 0:
-        if args.save_stats:
-            arrays = {name: value for name, value in sets[-1].items() if name != "pool" and value is not None}
-            data.replace_file(args.save_stats, lambda file: np.savez(file, **arrays, inception=net.origin))
-        report(scores, net, counts, args.json)
-
+        scores["images"] = [len(each["pool"]) if "pool" in each else None for each in sets]
+    if data.rank() > 0:
+        return
+    if args.save_stats:
+        arrays = {name: value for name, value in sets[-1].items() if name != "pool"}
+        data.replace_file(args.save_stats, lambda file: np.savez(file, **arrays, inception=net.origin))
+    if net.origin != PUBLISHED:
+        print(f"warning: Inception is not the published one but {net.origin}: figures are not comparable",
+              file=sys.stderr)
+    if args.samples or args.tokenizer:
+        few = min(count or FEW_IMAGES for count in scores["images"])
+        if few < FEW_IMAGES:
+            print(f"warning: FID of {few} images is biased; compare figures of as many", file=sys.stderr)
+    print(json.dumps({**scores, "inception": net.origin}, indent=1))
 
 if __name__ == "__main__":
     data.run(main)

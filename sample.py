@@ -1,24 +1,23 @@
 """Paint pictures of the classes you name.
 
-    python sample.py --class 207                    # with out/tokenizer.pt and out/ar.pt, else with the demo in weights/
+    python sample.py --class 207         # with out/tokenizer.pt and out/ar.pt, else with the demo in weights/
     python sample.py --class tench 12 --n 8 --seed 3 --cfg-scale 4
     python sample.py --class 207 --n 1 --paint painting.gif      # token by token
-    python sample.py --image photo.png --keep 0.5 --n 8          # keeps the first half of its tokens, paints the rest
+    python sample.py --image photo.png --keep 0.5 --n 8  # keeps the first half of its tokens, paints the rest
     python sample.py --reconstruct photos/ --out grid.png        # what the tokenizer makes of pictures
     torchrun --nproc_per_node=8 sample.py --npz samples.npz --num-images 50000
 
-Picture k of a command is a function of (seed, k) alone: neither the batch size nor the number of ranks changes it.
+Picture k of a command is a function of (seed, k) alone: neither the batch size nor the number of ranks
+changes it.
 """
 import argparse
 import hashlib
 import json
 import os
-import sys
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 from ar_model import image_uniforms, load_ar
@@ -29,22 +28,13 @@ from tokenizer import load_tokenizer
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 SAMPLING = ("cfg_scale", "cfg_power", "temperature", "top_k", "top_p")       # arguments of ARModel.generate
 
-
 def find_weights(args):
-    """Paths of tokenizer and AR model: as given, else the trained pair in --out, else the demo pair in weights/."""
-    wanted = {"tokenizer.pt": args.tokenizer, "ar.pt": args.ar}
-    if args.reconstruct:
-        wanted.pop("ar.pt")
-    missing = [name for name, given in wanted.items()
-               if not given and not os.path.exists(os.path.join(args.out, name))]
-    if missing and (args.out != "out" or len(missing) < len(wanted)):
-        raise InputError(f"no {' and no '.join(missing)} in {args.out}: train_tokenizer.py and train_ar.py write them; "
-                         "or name files with --tokenizer and --ar")
-    if missing and data.rank() == 0:
-        print(f"no {' and no '.join(missing)} in {args.out}: taking the demo model in weights/", file=sys.stderr)
-    folder = DEMO if missing else args.out
-    return args.tokenizer or os.path.join(folder, "tokenizer.pt"), args.ar or os.path.join(folder, "ar.pt")
-
+    """Paths of tokenizer and AR model: as given, else those in --out, else the demo pair in weights/."""
+    names, folder = ("tokenizer.pt", "ar.pt"), args.out
+    if folder == "out" and not any(os.path.exists(f"out/{name}") for name in names):
+        data.say("no model in out/ yet: taking the demo model in weights/")
+        folder = DEMO
+    return args.tokenizer or f"{folder}/tokenizer.pt", args.ar or f"{folder}/ar.pt"
 
 def class_id(word, model):
     """A class as the user names it, a number or a name -> its id. InputError when there is no such class."""
@@ -57,20 +47,15 @@ def class_id(word, model):
     raise InputError(f"no class {word!r}: classes are 0 to {model.config.num_classes - 1}" +
                      (f", or names such as {', '.join(map(repr, close[:5]))}" if names else ""))
 
-
-# -----------------------------------------------------------------------------
-# Painting
+# ---- Painting ------------------------------------------------------------------------------------
 
 def paint(model, tokenizer, pictures, args, device, kept=None):
-    """Paint this rank's share of `pictures`, a list of (number k, class id), batch by batch.
-
-    kept: (pictures, K) first tokens of each. Yields numbers (list), tokens (B, N) int64, images (B, 3, H, W) uint8.
-    """
+    """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or None.
+    Yields, batch by batch, numbers (list), tokens (B, N) int64, images (B, 3, H, W) uint8."""
     share = -(-len(pictures) // data.world_size())
-    mine = pictures[data.rank() * share:(data.rank() + 1) * share]           # in one piece: pages of a file of its own
-    progress = tqdm(total=len(pictures), desc="painting", unit="img", disable=data.rank() > 0)
+    mine = pictures[data.rank() * share:(data.rank() + 1) * share]           # in one piece: pages of its own
     sampling = {name: getattr(args, name) for name in SAMPLING}
-    for at in range(0, len(mine), args.batch_size):
+    for at in data.progress_bar(range(0, len(mine), args.batch_size), "painting", args.batch_size):
         numbers, classes = zip(*mine[at:at + args.batch_size])
         uniforms = image_uniforms(args.seed, numbers, model.config.num_tokens)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -79,9 +64,6 @@ def paint(model, tokenizer, pictures, args, device, kept=None):
                                     compiled=args.compile and len(numbers) == args.batch_size)
             images = (tokenizer.decode(tokens) * 255).round().byte()
         yield list(numbers), tokens.cpu(), images.cpu()
-        progress.update(min(len(numbers) * data.world_size(), len(pictures) - progress.n))
-    progress.close()
-
 
 def paint_all(model, tokenizer, classes, args, device, kept=None):
     """Paint a list of classes -> tokens (n, N) int64, images (n, 3, H, W) in [0, 1], on every rank."""
@@ -90,11 +72,10 @@ def paint_all(model, tokenizer, classes, args, device, kept=None):
     images = torch.zeros(n, 3, size, size, dtype=torch.uint8)
     for numbers, *painted in paint(model, tokenizer, list(enumerate(classes)), args, device, kept):
         tokens[numbers], images[numbers] = painted
-    if dist.is_initialized():                 # every picture was painted by one rank and is zero on the others
+    if dist.is_initialized():                # every picture was painted by one rank and is zero on the others
         dist.all_reduce(tokens)
         dist.all_reduce(images)
     return tokens.to(device), images.to(device) / 255
-
 
 def paint_grid(model, tokenizer, ids, args, device):
     """--n pictures of each class in `ids`: one PNG grid. -> its path."""
@@ -103,13 +84,10 @@ def paint_grid(model, tokenizer, ids, args, device):
     data.save_picture(path, data.grid_image(images, args.n if len(ids) > 1 else max(1, round(args.n ** 0.5))))
     return path
 
-
 def paint_npz(model, tokenizer, args, device, weights):
-    """--num-images pictures, classes in turn (0, 1, ... and again), into an .npz that ADM's evaluator reads (`arr_0`).
-
-    In turn, because that evaluator averages the Inception Score over runs of 5000 in file order, which need all classes.
-    They gather in memory-mapped files beside it, from where an interrupted run with the same settings goes on.
-    """
+    """--num-images pictures in an .npz that ADM's evaluator reads (`arr_0`), classes in turn: it averages the
+    Inception Score over runs of 5000 in file order, which need all classes. Pictures gather in memory-mapped
+    files beside it, from where an interrupted run with the same settings goes on."""
     n, size, classes = args.num_images, tokenizer.config.image_size, model.config.num_classes
     if os.path.exists(args.npz):
         raise InputError(f"{args.npz} is there already; name another file or remove it")
@@ -134,19 +112,14 @@ def paint_npz(model, tokenizer, args, device, weights):
     done.flush()
     data.barrier()
     if data.rank() == 0:
-        if not done.all():
-            raise InputError(f"{(done == 0).sum()} pictures did not arrive in {paths[0]}; run this again")
         data.replace_file(args.npz, lambda file: np.savez(file, arr_0=images))
         for path in paths:
             os.remove(path)
     return args.npz
 
-
-# -----------------------------------------------------------------------------
-# Looking inside
+# ---- Looking inside ------------------------------------------------------------------------------
 
 UNPAINTED = 0.85                 # grey
-
 
 def pixel_places(config, device):
     """The place in the sequence of the token that paints each pixel: (H, W)."""
@@ -154,13 +127,10 @@ def pixel_places(config, device):
     places = places.view(config.grid, config.grid)
     return places.repeat_interleave(config.patch_size, 0).repeat_interleave(config.patch_size, 1)
 
-
 def so_far(image, strip, config, painted):
-    """A picture of which the first `painted` tokens are known: the prefix strip in a band of its own over the image.
-
-    image (B, 3, H, W) and strip (B, 3, p, (g+1)*p), of the causal decoder -> (B, 3, H + 2p, W + p); the rest is grey.
-    Without prefix tokens strip is None and there is no such band: (B, 3, H, W).
-    """
+    """A picture of which the first `painted` tokens are known: the prefix strip in a band of its own over the
+    image. image (B, 3, H, W) and strip (B, 3, p, (g+1)*p), of the causal decoder -> (B, 3, H + 2p, W + p);
+    the rest is grey. Without prefix tokens strip is None and there is no such band: (B, 3, H, W)."""
     g, p, P = config.grid, config.patch_size, config.prefix_tokens
     image = image.where(pixel_places(config, image.device) < painted, UNPAINTED)
     if not P:
@@ -171,27 +141,26 @@ def so_far(image, strip, config, painted):
     canvas[..., 2 * p:, :g * p] = image
     return canvas
 
-
 def paint_gif(model, tokenizer, ids, args, device):
-    """--paint: the pictures of a grid appearing token by token, as far as the causal decoder is sure; then finished."""
+    """--paint: the pictures of a grid appearing token by token, as far as the causal decoder is sure; then
+    finished."""
     config, columns = tokenizer.config, args.n if args.n > 1 else len(ids)
-    tokens, finished = paint_all(model, tokenizer, [label for label in ids for _ in range(args.n)], args, device)
+    classes = [label for label in ids for _ in range(args.n)]
+    tokens, finished = paint_all(model, tokenizer, classes, args, device)
     image, strip = tokenizer.decode_causal(tokens)
     frames = [so_far(image, strip, config, k) for k in range(config.num_tokens + 1)]
     frames.append(so_far(finished, strip, config, config.num_tokens))
     zoom = max(1, 256 // config.image_size // columns)
     first, *rest = (data.grid_image(frame.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), columns)
                     for frame in frames)
-    milliseconds = [60] * (len(frames) - 2) + [600, 3000]
+    film = dict(save_all=True, append_images=rest, loop=0, duration=[60] * (len(frames) - 2) + [600, 3000])
     if data.rank() == 0:
-        data.replace_file(args.paint, lambda file: first.save(file, "GIF", save_all=True, append_images=rest, loop=0,
-                                                              duration=milliseconds))
+        data.replace_file(args.paint, lambda file: first.save(file, "GIF", **film))
     return args.paint
 
-
 def read_pictures(path, size, count):
-    """An image file, the first `count` of a folder, or of the built-in validation pictures ("shapes"), centre-cropped:
-    (B, 3, size, size) in [0, 1]. InputError when there are none."""
+    """An image file, the first `count` of a folder, or of the built-in validation pictures ("shapes"),
+    centre-cropped: (B, 3, size, size) in [0, 1]. InputError when there are none."""
     if path == "shapes":
         shapes = data.Shapes("val", size)
         images = [shapes.read(0, index)[0] for index in data.spread(len(shapes), count)]
@@ -199,32 +168,31 @@ def read_pictures(path, size, count):
         paths = data.image_files(path)[:count] if os.path.isdir(path) else [path] * os.path.isfile(path)
         images = [data.centre_crop(data.read_image(name), size) for name in paths]
     if not images:
-        raise InputError(f"no images in {path}" if os.path.isdir(path) else f"no such image or folder: {path}")
+        raise InputError(f"no image or folder of images: {path}")
     return torch.stack(images).float() / 255
 
-
 def complete(model, tokenizer, ids, args, device):
-    """--image: the AR model goes on from the first --keep of the tokens of a picture, or of --num-images pictures.
-
-    A grid, a row a picture: the original, what is kept of it (as the causal decoder paints it), and --n completions.
-    """
+    """--image: the AR model goes on from the first --keep of the tokens of a picture, or of --num-images
+    pictures. A grid, a row a picture: the original, what is kept of it (as the causal decoder paints it), and
+    --n completions."""
     config = tokenizer.config
     originals = read_pictures(args.image, config.image_size, args.num_images or 8).to(device)
     tokens = tokenizer.encode(originals)
     kept = round((0.5 if args.keep is None else args.keep) * config.num_tokens)
     if not ids:
-        ids, args.cfg_scale = [model.config.num_classes], 1.0                # without a class, nothing to guide to
+        ids, args.cfg_scale = [model.config.num_classes], 1.0           # without a class, nothing to guide to
     _, completed = paint_all(model, tokenizer, ids * (len(originals) * args.n), args, device,
                              tokens[:, :kept].repeat_interleave(args.n, 0))
-    seen = so_far(*tokenizer.decode_causal(tokens), config, kept)[..., -config.image_size:, :config.image_size]
+    seen = so_far(*tokenizer.decode_causal(tokens), config, kept)
+    seen = seen[..., -config.image_size:, :config.image_size]                # without the band of the prefix
     rows = torch.cat([originals[:, None], seen[:, None], completed.unflatten(0, (-1, args.n))], 1)
     path = args.png or os.path.join(args.out, "completed.png")
     data.save_picture(path, data.grid_image(rows.flatten(0, 1), args.n + 2))
     return path
 
-
 def reconstruct(tokenizer, args, device):
-    """--reconstruct: -n pictures, see `read_pictures`: original, by stage 1, by stage 2. Prints PSNR in dB. -> path"""
+    """--reconstruct: -n pictures, see `read_pictures`: original, by stage 1, by stage 2. Prints PSNR in dB.
+    -> path"""
     originals = read_pictures(args.reconstruct, tokenizer.config.image_size, args.n).to(device)
     tokens = tokenizer.encode(originals)
     causal, final = tokenizer.decode_causal(tokens)[0], tokenizer.decode(tokens)
@@ -234,33 +202,30 @@ def reconstruct(tokenizer, args, device):
     data.save_picture(path, data.grid_image(torch.stack([originals, causal, final], 1).flatten(0, 1), 3))
     return path
 
-
 # -----------------------------------------------------------------------------
 
-SMALL = 30_000_000               # parameters: below, a CPU is not bound by reading them, and bfloat16 gains nothing
-
+SMALL = 30_000_000         # parameters: below, a CPU is not bound by reading them, and bfloat16 gains nothing
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--paint", metavar="GIF", help="with --class: show the grid appear token by token")
-    task.add_argument("--image", help="go on from the first tokens of this picture, of a folder's, or of the built-in "
-                      "ones ('shapes'); with or without a --class")
-    task.add_argument("--reconstruct", metavar="PATH", help="original, stage-1 and stage-2 reconstructions of its "
-                      "images, or of one image, or of 'shapes'")
+    task.add_argument("--image", metavar="PATH", help="go on from the first tokens of a picture, a folder's, or "
+                      "built-in ones ('shapes'); with or without a --class")
+    task.add_argument("--reconstruct", metavar="PATH", help="pictures, and what either decoder makes of them")
     task.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py")
     add = parser.add_argument
-    add("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="paint a grid of these, numbers or names")
-    add("--keep", type=data.share, help="with --image: share of its tokens to keep (0.5)")
-    add("--num-images", type=data.positive, help="pictures in the .npz, over all classes (50,000); rows of --image (8)")
-    add("-n", "--n", type=data.positive, default=16, help="pictures of each class, completions of --image, pictures to "
-        "--reconstruct; torchrun lets only -n through (%(default)s)")
+    add("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="numbers or names")
+    add("--keep", type=data.from_0_to_1, help="with --image: share of its tokens to keep (0.5)")
+    add("--num-images", type=data.positive, help="pictures in the .npz (50,000); rows of --image (8)")
+    add("-n", "--n", type=data.positive, default=16, help="pictures of each class, completions of --image, "
+        "pictures to --reconstruct; torchrun lets only -n through (%(default)s)")
     add("--seed", type=data.natural, default=0)
-    add("--cfg-scale", type=data.at_least_zero, help="guidance at the last token; 1 is none (default: the model's)")
-    add("--cfg-power", type=data.at_least_zero, help="above 1 guidance comes late, below early (default: the model's)")
-    add("--temperature", type=data.at_least_zero, default=1.0, help="0 takes the likeliest token (%(default)s)")
+    add("--cfg-scale", type=data.at_least_zero, help="guidance at the last token; 1 is none (the model's)")
+    add("--cfg-power", type=data.at_least_zero, help="above 1 guidance comes late (the model's)")
+    add("--temperature", type=data.at_least_zero, default=1.0, help="0 takes the likeliest (%(default)s)")
     add("--top-k", type=data.positive, help="draw from the k likeliest tokens")
-    add("--top-p", type=data.share, help="draw from the fewest tokens whose probabilities reach p")
+    add("--top-p", type=data.from_0_to_1, help="draw from the fewest tokens whose probabilities reach p")
     add("--batch-size", type=data.positive, default=16, help="(%(default)s)")
     add("--out", default="out", help="folder with tokenizer.pt and ar.pt, or the grid's file name")
     add("--tokenizer", help="tokenizer checkpoint (default: the one in --out, else in weights/)")
@@ -271,8 +236,8 @@ def parse_args():
     if args.out.endswith(".png"):
         args.png, args.out = args.out, "out"
     if bool(args.classes) == bool(args.npz or args.reconstruct) and not args.image:
-        parser.error("say what to paint: --class (and --paint, to see it appear), --image (with or without one --class), "
-                     "--reconstruct or --npz")
+        parser.error("say what to paint: --class (with --paint, to see it appear), --image (with a --class or "
+                     "without), --reconstruct or --npz")
     if args.image and len(args.classes) > 1 or args.keep is not None and not args.image:
         parser.error("--image takes one --class at most, and --keep goes with --image")
     for flag, suffix in (("png", ".png"), ("paint", ".gif"), ("npz", ".npz")):
@@ -280,7 +245,6 @@ def parse_args():
         if path and not path.lower().endswith(suffix):
             parser.error(f"--{flag} names a {suffix} file, found {path}")
     return args
-
 
 def main():
     args = parse_args()
@@ -291,8 +255,9 @@ def main():
         print(f"reconstructed {args.reconstruct} with {weights[0]}: {reconstruct(tokenizer, args, device)}")
         return
     model = load_ar(weights[1], device, tokenizer.config.grid)
-    if (any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix"))
-            or model.tokenizer and model.tokenizer != tokenizer.fingerprint()):
+    shared = ("codebook_size", "grid", "prefix")
+    if (any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in shared)
+            or model.tokenizer not in (None, tokenizer.fingerprint())):
         raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
     if chosen_dtype == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         args.dtype = "float32"
@@ -304,14 +269,12 @@ def main():
         args.num_images = args.num_images or 50_000
         path, subject = paint_npz(model, tokenizer, args, device, weights), f"{args.num_images} pictures"
     elif args.image:
-        path, subject = complete(model, tokenizer, ids, args, device), f"{args.n} ways to go on from {args.image}"
+        path, subject = complete(model, tokenizer, ids, args, device), f"ways to go on from {args.image}"
     elif args.paint:
         path = paint_gif(model, tokenizer, ids, args, device)
     else:
         path = paint_grid(model, tokenizer, ids, args, device)
-    if data.rank() == 0:
-        print(f"painted {subject} with {weights[1]}: {path}")
-
+    data.say(f"painted {subject} with {weights[1]}: {path}")
 
 if __name__ == "__main__":
     data.run(main)

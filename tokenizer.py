@@ -1,18 +1,18 @@
 """The AliTok tokenizer: a picture to N integers and back (arXiv 2506.05289).
 
 Notable:
-- The encoder writes N = g*g + g + 1 tokens for a g x g grid of patches: g + 1 prefix tokens, then one token a patch.
-- Stage 1 decodes them causally: patch i is painted from tokens <= i alone. The gradient penalises every token that
-  needs a later one to be understood. The first row has no history, so the prefix gives it one. The prefix outputs
-  paint an auxiliary strip (the first patch, then the first row), which makes the prefix carry the first row.
-- Stage 2 (`swap_decoder`) freezes all that decides a token id and trains a bidirectional decoder for a crisp picture.
-- Codes that no latent uses are brought back by online clustering (CVQ), whose statistics are shared by all ranks.
+- The encoder writes N = g*g + g + 1 tokens for g x g patches: g + 1 prefix tokens, then one a patch.
+- Stage 1 decodes them causally: patch i is painted from tokens <= i alone, so the gradient penalises a token
+  that needs a later one. The first row has no history; the prefix gives it one. The prefix outputs paint a
+  strip (the first patch, then the first row), which makes the prefix carry that row.
+- Stage 2 (`swap_decoder`) freezes all that decides a token id and trains a bidirectional decoder.
+- Codes that no latent uses are brought back by online clustering (CVQ), with statistics shared by all ranks.
 
-Letters in shapes: B images, g patches a side, p pixels a patch, P = g + 1 prefix tokens, N tokens, K codes of D numbers.
+In shapes: B images, g patches a side, p pixels a patch, P prefix tokens, N tokens, K codes of D numbers.
 """
 import hashlib
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,13 @@ import torch.nn.functional as F
 
 from data import InputError, generation_order, load_checkpoint, load_weights
 
-
 @dataclass
 class TokenizerConfig:
-    """Everything that decides the shape of a tokenizer. The defaults are the paper's, for ImageNet at 256 x 256."""
+    """All that decides the shape of a tokenizer. The defaults are the paper's, for ImageNet at 256 x 256."""
     image_size: int = 256
     patch_size: int = 16
-    encoder: str = "bidirectional"   # or "causal": the rule holds for the encoder too, see `causal_encoder_mask`
-    decoder: str = "causal"          # of stage 1; "bidirectional" after the swap, or for an ordinary tokenizer
+    encoder: str = "bidirectional"   # or "causal", see `causal_encoder_mask`
+    decoder: str = "causal"          # "bidirectional" in stage 2, and in an ordinary tokenizer
     prefix: bool = True              # False: no prefix tokens and no strip, for comparison
     encoder_width: int = 768
     encoder_depth: int = 12
@@ -37,17 +36,14 @@ class TokenizerConfig:
     head_dim: int = 64
     codebook_size: int = 4096
     codebook_dim: int = 32
-    buffer_tokens: int = 32          # learned tokens in front of a bidirectional decoder; a causal one has one
+    buffer_tokens: int = 32          # learned tokens in front of a bidirectional decoder; a causal one has 1
     init: str = "paper"              # or "narrow", see `init_weights`
 
     def __post_init__(self):
-        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
-            raise InputError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
+        if self.image_size % self.patch_size:
+            raise InputError(f"image size {self.image_size} is no multiple of patch size {self.patch_size}")
         if self.codebook_size < 2:
             raise InputError(f"a codebook needs at least 2 entries, found {self.codebook_size}")
-        for width in (self.encoder_width, self.decoder_width):
-            if width % self.head_dim:
-                raise InputError(f"width {width} is not a multiple of the head dimension {self.head_dim}")
         if not generation_order(self.grid).sort().values.equal(torch.arange(self.grid ** 2)):
             raise InputError("generation_order must name every patch of the grid exactly once")
 
@@ -63,23 +59,19 @@ class TokenizerConfig:
     def num_tokens(self):
         return self.grid ** 2 + self.prefix_tokens
 
-
 PRESETS = {
     # Ours: small enough for two CPU cores, for the built-in pictures.
-    "tiny": TokenizerConfig(image_size=64, patch_size=8, encoder_width=128, encoder_depth=2, decoder_width=128,
-                            decoder_depth=4, codebook_size=1024, codebook_dim=8, buffer_tokens=8, init="narrow"),
+    "tiny": TokenizerConfig(
+        image_size=64, patch_size=8, encoder_width=128, encoder_depth=2, decoder_width=128, decoder_depth=4,
+        codebook_size=1024, codebook_dim=8, buffer_tokens=8, init="narrow"),
     "imagenet256": TokenizerConfig(),
-    # Ours: the paper does not say. 1057 tokens, or 273 with --patch-size 32.
-    "imagenet512": TokenizerConfig(image_size=512),
+    "imagenet512": TokenizerConfig(image_size=512),           # ours: the paper does not say; 1057 tokens
 }
 
-
-# -----------------------------------------------------------------------------
-# Transformer parts
+# ---- Transformer parts ------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, over the earlier ones (`causal`), or under a boolean mask."""
-
+    """Multi-head self-attention over all tokens, the earlier ones (`causal`), or those of a boolean mask."""
     def __init__(self, width, head_dim):
         super().__init__()
         self.heads = width // head_dim
@@ -93,9 +85,8 @@ class Attention(nn.Module):
         # The bfloat16 gradient of attention is slow on CPUs.
         dtype = torch.float32 if v.device.type == "cpu" and v.requires_grad else v.dtype
         with torch.autocast(v.device.type, enabled=False):
-            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=causal)
+            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
-
 
 class MLP(nn.Module):
     def __init__(self, width):
@@ -106,10 +97,8 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x)))
 
-
 class Block(nn.Module):
     """Pre-LayerNorm transformer block."""
-
     def __init__(self, width, head_dim):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
@@ -121,37 +110,27 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), causal, mask)
         return x + self.mlp(self.ln_2(x))
 
-
 def learned(count, width):
     """Learned tokens or positions, (count, width), of the paper's scale."""
     return nn.Parameter(torch.randn(count, width) * width ** -0.5)
 
-
-# -----------------------------------------------------------------------------
-# Encoder: picture -> latents
+# ---- Encoder: picture -> latents --------------------------------------------------------------------
 
 def own_patches(config):
-    """The patch (a raster index) that each latent paints, (N,).
-
-    The prefix paints the strip: the first patch, then the first g patches. The image latents follow in the order of
-    generation.
-    """
+    """The patch (row * g + column) that each latent paints, (N,): by the prefix the first patch, then the
+    first g patches; by the image tokens every patch in the order of generation."""
     order = generation_order(config.grid)
     return torch.cat([order[:1], order[:config.grid], order]) if config.prefix else order
 
-
 def causal_encoder_mask(config):
-    """Who may look at whom in a causal encoder: (T, T) bool, T = g*g patches then N latents, True = row sees column.
-
-    A patch sees patches up to itself. A latent sees latents up to itself and patches up to its own.
-    """
+    """Who sees whom in a causal encoder: (T, T) bool, T = g*g patches, then N latents. True: row sees column.
+    A patch sees patches up to itself. A latent sees latents up to itself, and patches up to its own."""
     patches, total = config.grid ** 2, config.grid ** 2 + config.num_tokens
     place = generation_order(config.grid).argsort()           # when each patch is painted
     mask = torch.ones(total, total, dtype=torch.bool).tril()
     mask[:patches, :patches] = place <= place[:, None]
     mask[patches:, :patches] = place <= place[own_patches(config)][:, None]
     return mask
-
 
 class Encoder(nn.Module):
     """ViT over [patches, learned latent tokens]. Only the latents come out: (B, 3, H, W) -> (B, N, D)."""
@@ -172,34 +151,30 @@ class Encoder(nn.Module):
         init_weights(self, c.init)
 
     def forward(self, images):
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.patch_positions         # (B, g*g, C)
-        latents = (self.latent_tokens + self.latent_positions).expand(len(images), -1, -1)           # (B, N, C)
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.patch_positions     # (B, g*g, C)
+        latents = (self.latent_tokens + self.latent_positions).expand(len(images), -1, -1)         # (B, N, C)
         x = self.ln_pre(torch.cat([patches, latents.to(patches.dtype)], dim=1))
         for block in self.blocks:
             x = block(x, mask=self.mask)
         return self.to_latent(self.ln_post(x[:, patches.shape[1]:]))
 
-
-# -----------------------------------------------------------------------------
-# Quantizer: latents <-> token ids. Nothing outside this class knows what a code is.
+# ---- Quantizer: latents <-> token ids. Nothing outside this class knows what a code is. -------------
 
 class Quantizer(nn.Module):
-    """Nearest codebook entry with a straight-through gradient, and online clustering (CVQ) against dead codes."""
+    """Nearest codebook entry, straight-through gradient, and online clustering (CVQ) against dead codes."""
     COMMITMENT = 0.25
     DECAY = 0.99
 
     def __init__(self, config):
         super().__init__()
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
-        self.register_buffer("usage", torch.zeros(config.codebook_size))     # running share of the tokens of each code
-        self.observed = None                                                 # what `observe` gathered in this step
+        self.register_buffer("usage", torch.zeros(config.codebook_size))     # running share of tokens a code
+        self.observed = None                                               # what `observe` gathered this step
         nn.init.trunc_normal_(self.codebook, std=0.02 if config.init == "paper" else 0.5)
 
     def forward(self, z, blend=1.0):
         """Latents (B, N, D) -> quantized latents (B, N, D), tokens (B, N) int64, quantizer loss (scalar).
-
-        blend: 0 passes the latents as they are, 1 quantizes them; a recipe may start training in between.
-        """
+        blend: 0 passes the latents as they are, 1 quantizes them; a recipe may start training in between."""
         with torch.autocast(z.device.type, enabled=False):    # distances need float32
             z = z.float()
             distances = self.distances(z)
@@ -224,12 +199,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def distances(self, z):
-        """Squared Euclidean distances of latents (B, N, D) to the codes, up to a constant a latent: (B*N, K)."""
+        """Squared distances of latents (B, N, D) to the codes, but for a constant a latent: (B*N, K)."""
         return self.codebook.pow(2).sum(1) - 2 * z.flatten(0, 1) @ self.codebook.T
 
     @torch.no_grad()
     def observe(self, z, tokens, distances):
-        """Note how often each code was used and, for each code, the closest latent. z (M, D), distances (M, K)."""
+        """Note the number of tokens and the closest latent of each code. z (M, D), distances (M, K)."""
         counts = torch.bincount(tokens, minlength=len(self.codebook)).float()
         distance, index = (distances + z.pow(2).sum(1, keepdim=True)).min(0)
         candidate = z[index]
@@ -243,19 +218,17 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def after_step(self, stepped):
-        """Call it after every optimizer step: moves codes that are hardly used onto latents of this batch (CVQ).
-
-        A code used as often as the average one does not move; one that is never used becomes the latent nearest to it.
-        Ranks exchange counts and one candidate a code. stepped: False when the step was skipped; then nothing moves.
-        """
+        """After every optimizer step, pull codes that are hardly used onto latents of the batch (CVQ). A code
+        of average use does not move; one never used becomes the latent nearest to it, over all ranks.
+        stepped: False when the step was skipped; then nothing moves."""
         (counts, distance, candidate), self.observed = self.observed, None
         if not stepped:
             return
-        if dist.is_initialized():
+        if dist.is_initialized():                             # ranks exchange counts and one candidate a code
             dist.all_reduce(counts)
             nearest = distance.clone()
             dist.all_reduce(nearest, dist.ReduceOp.MIN)
-            mine = (distance == nearest).float()[:, None]     # of ranks with equally near latents, the mean
+            mine = (distance == nearest).float()[:, None]     # several ranks may be equally near
             candidate = candidate * mine
             dist.all_reduce(candidate)
             dist.all_reduce(mine)
@@ -264,13 +237,10 @@ class Quantizer(nn.Module):
         alpha = torch.exp(-self.usage * len(self.codebook) * 10 / (1 - self.DECAY) - 1e-3)
         self.codebook.lerp_(candidate, alpha[:, None])
 
-
-# -----------------------------------------------------------------------------
-# Decoder: latents -> picture
+# ---- Decoder: latents -> picture --------------------------------------------------------------------
 
 class PixelHead(nn.Module):
     """Each token paints one patch: (B, rows*cols, C) -> (B, 3, rows*p, cols*p) in [0, 1]."""
-
     def __init__(self, width, patch_size):
         super().__init__()
         self.patch_size = patch_size
@@ -279,16 +249,15 @@ class PixelHead(nn.Module):
 
     def forward(self, x, rows, cols):
         p = self.patch_size
-        x = self.proj(x).view(-1, rows, cols, p, p, 3).permute(0, 5, 1, 3, 2, 4)                     # (B, 3, r, p, c, p)
-        return self.conv(x.reshape(-1, 3, rows * p, cols * p)).float().sigmoid()      # bfloat16 is coarser than 8 bits
-
+        x = self.proj(x).view(-1, rows, cols, p, p, 3).permute(0, 5, 1, 3, 2, 4)          # (B, 3, r, p, c, p)
+        x = self.conv(x.reshape(-1, 3, rows * p, cols * p))
+        return x.float().sigmoid()                            # bfloat16 is coarser than 8 bits
 
 class Decoder(nn.Module):
-    """Transformer over [learned tokens, latents]: (B, N, D) -> picture (B, 3, H, W) and prefix strip, in [0, 1].
-
-    causal (stage 1): one learned token in front, every token sees only earlier ones, and the prefix outputs paint the
-    strip (B, 3, p, (g+1)*p). bidirectional (stage 2): `buffer_tokens` learned tokens in front, no strip (None).
-    """
+    """Transformer over [learned tokens, latents]: (B, N, D) -> picture (B, 3, H, W) and strip, in [0, 1].
+    causal (stage 1): one learned token in front, every token sees only earlier ones, and the prefix outputs
+    paint the strip (B, 3, p, P*p). bidirectional (stage 2): `buffer_tokens` learned tokens in front, no strip
+    (None)."""
     def __init__(self, config):
         super().__init__()
         c, width = config, config.decoder_width
@@ -303,7 +272,7 @@ class Decoder(nn.Module):
         self.image_head = PixelHead(width, c.patch_size)
         self.strip_head = PixelHead(width, c.patch_size) if self.causal and c.prefix else None
         place = c.prefix_tokens + generation_order(c.grid).argsort()
-        self.register_buffer("place", place, persistent=False)               # the token that paints each patch
+        self.register_buffer("place", place, persistent=False)              # the token that paints each patch
         init_weights(self, c.init)
 
     def forward(self, z):
@@ -311,28 +280,25 @@ class Decoder(nn.Module):
         x = torch.cat([self.buffer_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1) + self.positions
         x = self.ln_pre(x)
         for block in self.blocks:
-            x = block(x, self.causal)                         # the no-peeking-forward rule is this one argument
-        x = self.ln_post(x[:, len(self.buffer_tokens):])                                             # (B, N, C)
-        image = self.image_head(x[:, self.place], self.grid, self.grid)
-        strip = None
+            x = block(x, self.causal)                         # the no-peeking-forward rule is this argument
+        x = self.ln_post(x[:, len(self.buffer_tokens):])                                           # (B, N, C)
+        image, strip = self.image_head(x[:, self.place], self.grid, self.grid), None
         if self.strip_head:
             strip = self.strip_head(x[:, :self.prefix_tokens], 1, self.prefix_tokens)
         return image, strip
 
-
 def strip_target(images, config):
-    """What the prefix tokens paint, (B, 3, p, (g+1)*p): the first patch, then the first row."""
+    """What the prefix tokens paint, (B, 3, p, P*p): the first patch, then the first row."""
     p = config.patch_size
-    patches = images.unfold(2, p, p).unfold(3, p, p).flatten(2, 3)                                   # (B, 3, g*g, p, p)
+    patches = images.unfold(2, p, p).unfold(3, p, p).flatten(2, 3)                         # (B, 3, g*g, p, p)
     strip = patches[:, :, own_patches(config)[:config.prefix_tokens]]
     return strip.transpose(2, 3).flatten(3)
 
-
-# -----------------------------------------------------------------------------
+# ---- The whole --------------------------------------------------------------------------------------
 
 class Tokenizer(nn.Module):
-    """Encoder, quantizer and decoder. Images are (B, 3, H, W) floats in [0, 1], tokens (B, N) int64, prefix first."""
-    stage = 1                        # 2 once `swap_decoder` has frozen everything but the decoder
+    """Images are (B, 3, H, W) floats in [0, 1], tokens (B, N) int64, prefix first."""
+    stage = 1                        # 2 once `swap_decoder` has frozen all but the decoder
 
     def __init__(self, config):
         super().__init__()
@@ -343,10 +309,7 @@ class Tokenizer(nn.Module):
         self.causal_decoder = None   # in stage 2: stage 1's decoder, kept for painting token by token
 
     def forward(self, images, blend=1.0):
-        """What training needs: picture, strip (None without causal decoder or prefix), quantizer loss.
-
-        blend: see `Quantizer.forward`.
-        """
+        """-> picture, strip (or None, see `Decoder`), quantizer loss. blend: see `Quantizer.forward`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 1):
             z, _, quantizer_loss = self.quantizer(self.encoder(images), blend)
         image, strip = self.decoder(z)
@@ -354,10 +317,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) float in [0, 1] -> tokens (B, N) int64: prefix first, then the order of generation."""
+        """Images (B, 3, H, W) float in [0, 1] -> tokens (B, N) int64: prefix, then in order of generation."""
         size = self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size) or not images.is_floating_point():
-            raise ValueError(f"encode wants floats (B, 3, {size}, {size}), found {images.dtype} {tuple(images.shape)}")
+        if images.shape[1:] != (3, size, size) or not images.is_floating_point():
+            raise ValueError(f"encode wants floats (B, 3, {size}, {size}), not {images.dtype} {images.shape}")
         with torch.autocast(images.device.type, enabled=False):
             return self.quantizer.tokens(self.encoder(images).float())
 
@@ -368,18 +331,15 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode_causal(self, tokens):
-        """By the causal decoder of stage 1: tokens (B, N) -> images (B, 3, H, W) and strip, see `Decoder`.
-
-        InputError when there is none, as in the released file or after --decoder bidirectional.
-        """
+        """By stage 1's decoder: tokens (B, N) -> images (B, 3, H, W), strip. InputError if there is none."""
         decoder = self.decoder if self.decoder.causal else self.causal_decoder
         if decoder is None:
-            raise InputError("this tokenizer keeps no causal decoder to paint with token by token; name a file that "
-                             "train_tokenizer.py wrote, without --decoder bidirectional")
+            raise InputError("this tokenizer keeps no causal decoder to paint token by token; name one that "
+                             "train_tokenizer.py made, without --decoder bidirectional")
         return decoder(self.quantizer.codes(tokens))
 
     def swap_decoder(self):
-        """Stage 2: a new bidirectional decoder. Encoder, latent tokens and codebook are frozen, so token ids stay."""
+        """Stage 2: a new bidirectional decoder. Encoder and codebook are frozen, so token ids stay."""
         self.stage = 2
         self.requires_grad_(False)
         if self.decoder.causal:
@@ -389,33 +349,27 @@ class Tokenizer(nn.Module):
         return self
 
     def fingerprint(self):
-        """Sixteen hex digits that name whatever decides a token id: encoder, codebook and order of generation."""
+        """Sixteen hex digits that name what decides a token id: encoder, codebook, order of generation."""
         digest = hashlib.sha256(self.config.encoder.encode())
         tensors = {**self.encoder.state_dict(), **self.quantizer.fingerprint()}
         for name, value in sorted(tensors.items()):
             digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
         order = generation_order(self.config.grid)
-        if not order.equal(torch.arange(len(order))):         # files older than this option have raster order
+        if not order.equal(torch.arange(len(order))):       # files older than this function have raster order
             digest.update(order.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-
 def init_weights(model, scheme):
-    """paper: truncated normal 0.02 for linear and conv weights, biases zero.
-
-    narrow (ours, for small models in few steps): the same signal at any width. The last convolution starts as the
-    identity; from 0.02 it is close to singular, and a small model paints in grey for thousands of steps. Queries start
-    equal to keys, and a latent's position equal to that of its own patch: at first, like attends to like. The codebook
-    starts as wide as the latents (`Quantizer`).
-    """
+    """paper: truncated normal 0.02 for linear and conv weights, biases zero. narrow (ours, for small models
+    in few steps): the same signal at any width. The last convolution starts as the identity; from 0.02 it is
+    close to singular, and a small model paints in grey for thousands of steps. Queries start equal to keys, a
+    latent's position to that of its own patch: at first, like attends to like."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            fan_in = module.weight[0].numel()
-            nn.init.trunc_normal_(module.weight, std=0.02 if scheme == "paper" else 0.02 * (768 / fan_in) ** 0.5)
+            fan_in = 768 if scheme == "paper" else module.weight[0].numel()
+            nn.init.trunc_normal_(module.weight, std=0.02 * (768 / fan_in) ** 0.5)
             nn.init.zeros_(module.bias)
-    if scheme == "paper":
-        return
-    for module in model.modules():
+    for module in model.modules() if scheme == "narrow" else ():
         if isinstance(module, PixelHead):
             nn.init.dirac_(module.conv.weight)
         if isinstance(module, Attention):
@@ -424,9 +378,7 @@ def init_weights(model, scheme):
         if isinstance(module, Encoder):
             module.latent_positions.data.copy_(module.patch_positions[module.own_patches])
 
-
-# -----------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints ------------------------------------------------------------------------------------
 
 # What the released AliTok.pth calls its parts, and what they are called here.
 RELEASED_NAMES = {
@@ -446,12 +398,9 @@ RELEASED_NAMES = {
     "decoder.transformer": "decoder.blocks",
 }
 
-
 def from_released(released):
-    """A released state dict, or a stage-1 training checkpoint that keeps one under `model_state` -> a checkpoint of ours.
-
-    Widths, depths, codebook, tokens and patch come from the shapes. None if this is no such file.
-    """
+    """A released state dict, or a training checkpoint with one under `model_state` -> a checkpoint of ours.
+    Widths, depths, codebook, tokens and patch come from the shapes. None if this is no such file."""
     released = released.get("model_state", released)
     if "quantize.embedding.weight" not in released:
         return None
@@ -464,7 +413,6 @@ def from_released(released):
         if name.endswith(("to_latent.weight", "head.proj.weight")):
             value = value.flatten(1)                          # a 1 x 1 convolution there, a linear layer here
         state[name] = value
-    state.setdefault("quantizer.usage", torch.zeros(len(state["quantizer.codebook"])))
     causal = "decoder.strip_head.proj.weight" in state
     try:
         codes, dim = state["quantizer.codebook"].shape
@@ -472,28 +420,26 @@ def from_released(released):
         buffer_tokens, decoder_width = state["decoder.buffer_tokens"].shape
         grid = math.isqrt(len(state["encoder.patch_positions"]))
     except (KeyError, ValueError) as error:
-        raise InputError(f"this released tokenizer does not fit the model: {error} is missing or misshapen") from None
-    encoder_depth, decoder_depth = (sum(name.startswith(part) and name.endswith("ln_1.bias") for name in state)
-                                    for part in ("encoder.blocks", "decoder.blocks"))
+        raise InputError(f"this released tokenizer does not fit the model: {error}") from None
+    encoder_depth, decoder_depth = (
+        sum(name.startswith(part) and name.endswith("ln_1.bias") for name in state)
+        for part in ("encoder.blocks", "decoder.blocks"))
     config = dict(image_size=grid * patch, patch_size=patch, decoder="causal" if causal else "bidirectional",
                   encoder_width=encoder_width, encoder_depth=encoder_depth, decoder_width=decoder_width,
                   decoder_depth=decoder_depth, codebook_size=codes, codebook_dim=dim,
                   buffer_tokens=32 if causal else buffer_tokens)
-    return {"config": config, "model": state}
-
+    return {"config": config, "model": {"quantizer.usage": torch.zeros(codes), **state}}
 
 def load_tokenizer(path, device="cpu"):
-    """The tokenizer of a file that train_tokenizer.py wrote, or of a released one, in eval mode. InputError for others."""
+    """The tokenizer of a file of train_tokenizer.py, or of a released one, in eval mode."""
     return build_tokenizer(load_checkpoint(path, "tokenizer", from_released), path).to(device).eval()
 
-
 def build_tokenizer(saved, path):
-    """What `load_checkpoint` returned for `path` -> the tokenizer, with stage 1's decoder if the file keeps it."""
-    model = Tokenizer(TokenizerConfig(**saved["config"]))
-    state = saved["model"]
+    """What `load_checkpoint` read from `path` -> the tokenizer, with stage 1's decoder if it is kept."""
+    model, state = Tokenizer(TokenizerConfig(**saved["config"])), saved["model"]
     for name, value in (saved.get("causal_decoder") or {}).items():          # where files kept it before
         state[f"causal_decoder.{name}"] = value
-    if any(name.startswith("causal_decoder.") for name in state):
+    if "causal_decoder.positions" in state:
         model.causal_decoder = Decoder(replace(model.config, decoder="causal"))
     load_weights(model, state, path)
     return model

@@ -3,14 +3,13 @@
     python train_ar.py                                            # finds out/tokenizer.pt, a CPU is enough
     torchrun --nproc_per_node=8 train_ar.py --preset B --data imagenet/train --val-data imagenet/val
 
-Builds the token cache in --cache when it is missing. Writes to --out: ar_state.pt (training state, --resume goes on
-from it), ar.pt (the finished model), log.jsonl and pictures/.
+Builds the token cache in --cache when it is missing. Writes to --out: ar_state.pt (training state, --resume
+goes on from it), ar.pt (the finished model), log.jsonl and pictures/.
 """
 from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
@@ -23,19 +22,14 @@ RECIPES = {
 }
 BETAS, WEIGHT_DECAY = (0.9, 0.96), 0.03
 
-
 def drop_classes(classes, keys, probability, seed, n, null):
-    """Each (epoch, index) of `keys` loses its class with the given probability: classes (B,) -> (B,), `null` where lost."""
+    """Classes (B,) -> (B,): each key (epoch, index) loses its class to `null` with this probability."""
     lost = torch.from_numpy(data.key_uniforms("class dropout", seed, keys, n) < probability)
     return torch.where(lost, null, classes)
 
-
 @torch.no_grad()
 def evaluate(model, cache, keys, args, device):
-    """Judge the model on the images at `keys`, (epoch, index), of a cache.
-
-    -> {"loss": nats a token, "accuracy": share of tokens that are the likeliest}. InputError when training has diverged.
-    """
+    """-> of the images at `keys` of a cache {"loss": nats a token, "accuracy": share of likeliest tokens}."""
     model.eval()
     loss = accuracy = 0.0
     for span in data.rank_spans(len(keys), 32):
@@ -44,30 +38,29 @@ def evaluate(model, cache, keys, args, device):
         loss += F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").double().sum().item()
         accuracy += (logits.argmax(-1) == tokens).sum().item()
     model.train()
-    loss, accuracy = (total / len(keys) / model.config.num_tokens for total in data.over_ranks([loss, accuracy]))
+    count = len(keys) * model.config.num_tokens
+    loss, accuracy = (total / count for total in data.over_ranks([loss, accuracy]))
     data.check_finite("the loss on whole images", loss)
     return {"loss": loss, "accuracy": accuracy}
 
-
 def paint_samples(model, tokenizer, path, seed, n=32):
-    """A grid of samples of classes spread over all there are; the same classes and random numbers each time."""
+    """A grid of samples of classes spread over all there are, each time with the same random numbers."""
     model.eval()
     classes = torch.tensor([k * model.config.num_classes // n for k in range(n)])
     tokens = model.generate(classes, image_uniforms(seed, range(n), model.config.num_tokens))
     model.train()
     data.save_picture(path, data.grid_image(tokenizer.decode(tokens), 8))
 
-
 def train(model, tokenizer, caches, classes, args, device):
-    """Train in place from wherever --resume finds the state, to the last step. caches: of training and validation."""
+    """Train in place, from where --resume finds the state, to the last step. caches: training, validation."""
     run, path, config = "ar", f"{args.out}/ar_state.pt", model.config
     train_cache, val_cache = caches
     n, fingerprint = len(train_cache), tokenizer.fingerprint()
     fixed = {name: getattr(args, name) for name in [*data.FIXED, "class_dropout"]} | asdict(config)
     fixed["tokenizer"] = fingerprint
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    optimizer = data.adamw(model, lambda name, p: p.ndim > 1 and not name.startswith("embeddings"), args.lr, BETAS,
-                           WEIGHT_DECAY)
+    optimizer = data.adamw(model, lambda name, p: p.ndim > 1 and not name.startswith("embeddings"),
+                           args.lr, BETAS, WEIGHT_DECAY)
 
     def save(path, state, **more):
         data.save_checkpoint(path, kind="ar", config=asdict(config), model=state, classes=classes,
@@ -88,20 +81,20 @@ def train(model, tokenizer, caches, classes, args, device):
     judged = {"train": (train_cache, data.stream_keys(run, args.seed, n, 0, min(n, args.eval_images))),
               "val": (val_cache, [(0, index) for index in data.spread(len(val_cache), args.eval_images)])}
     micro_batches = data.batch_keys(run, n, args, start)
-    progress = tqdm(range(start, args.steps), run, args.steps, initial=start, unit="img", unit_scale=args.batch_size,
-                    disable=data.rank() > 0)
+    steps = range(start, args.steps)
+    progress = data.progress_bar(steps, run, args.batch_size, initial=start, total=args.steps)
     last_good = start - 1
     model.train()
     for step in progress:
         lr = data.learning_rate(step, args.steps, args.warmup, args.lr, args.final_lr)
-        torch.manual_seed(int(data.generator("step", args.seed, step, data.rank()).integers(2 ** 62)))       # dropout
+        torch.manual_seed(data.generator("dropout", args.seed, step, data.rank()).integers(2 ** 62).item())
         sums = {"loss": 0, "accuracy": 0}
         for micro in range(args.accum):
             keys = next(micro_batches)
             tokens, labels = train_cache.batch(keys, args.seed)
             labels = drop_classes(labels, keys, args.class_dropout, args.seed, n, config.num_classes)
             tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            ddp_model.require_backward_grad_sync = micro + 1 == args.accum    # ranks exchange gradients once a step
+            ddp_model.require_backward_grad_sync = micro + 1 == args.accum    # exchange gradients once a step
             with autocast:
                 logits = ddp_model(tokens[:, :-1], labels)
             loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
@@ -136,12 +129,13 @@ def train(model, tokenizer, caches, classes, args, device):
                      f"{scores['val_accuracy']:.1%}")
         stop = stop_flag.read(done)
         if stop or done % args.save_every == 0 or done == args.steps:
-            save(path, model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=skipped, fixed=fixed)
+            save(path, model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=skipped,
+                 fixed=fixed)
         if stop:
-            raise data.Stopped(stop, f"step {done}")
+            data.say(f"stopped by signal {stop} at step {done}; --resume goes on from there")
+            raise SystemExit(128 + stop)
     save(f"{args.out}/ar.pt", data.in_dtype(model.state_dict(), args.save_dtype))
     data.say(f"wrote {args.out}/ar.pt; next: python sample.py --class 0, with the same --out")
-
 
 def parse_args():
     parser, known = data.preset_parser(__doc__, PRESETS)
@@ -153,7 +147,7 @@ def parse_args():
     add("--depth", type=data.positive, help="blocks (%(default)s)")
     add("--dropout", type=data.number(float, 0, 0.99), help="(%(default)s)")
     add("--ten-crop", action="store_true", help="cache ten crops of an image, as the paper does, not two")
-    add("--class-dropout", type=data.share, default=0.1,
+    add("--class-dropout", type=data.from_0_to_1, default=0.1,
         help="share of pictures that train the null class (%(default)s)")
     data.add_run_arguments(parser)
     parser.set_defaults(**RECIPES[known.preset], **PRESETS[known.preset])
@@ -165,7 +159,6 @@ def parse_args():
     args.heads = args.width // head_dim
     return args
 
-
 def main():
     args = parse_args()
     device = data.start(args)
@@ -176,12 +169,11 @@ def main():
     shape = {name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix")}
     shape |= {name: getattr(args, name) for name in PRESETS[args.preset]}
     config = ARConfig(num_classes=len(train_set.classes), **shape)
-    caches = [data.open_cache(f"{args.cache or args.out + '/tokens'}/{split}", dataset, tokenizer, device, args.workers)
-              for split, dataset in (("train", train_set), ("val", val_set))]
+    caches = [data.TokenCache(f"{args.cache or args.out + '/tokens'}/{split}", dataset, tokenizer, device,
+                              args.workers) for split, dataset in (("train", train_set), ("val", val_set))]
     torch.manual_seed(args.seed)
     model = ARModel(config).to(device)
     train(model, tokenizer, caches, train_set.classes, args, device)
-
 
 if __name__ == "__main__":
     data.run(main)

@@ -1,12 +1,11 @@
-"""Train the AliTok tokenizer: stage 1 (causal decoder), the swap, stage 2 (bidirectional decoder), in one command.
+"""Train the AliTok tokenizer: stage 1 (causal decoder), the swap, stage 2 (bidirectional decoder), in one run.
 
-    python train_tokenizer.py                                     # built-in pictures, tiny preset, a CPU is enough
-    torchrun --nproc_per_node=8 train_tokenizer.py --preset imagenet256 --data imagenet/train --val-data imagenet/val
+    python train_tokenizer.py                       # built-in pictures, tiny preset, a CPU is enough
+    torchrun --nproc_per_node=8 train_tokenizer.py --preset imagenet256 --data train --val-data val
 
-A stage is a list of phases, each with its learning rate and its losses (RECIPES); one run goes through them all.
+A stage is a list of phases, each with its learning rate and its losses (RECIPES); a run goes through them all.
 Writes to --out: tokenizer_stage1.pt and tokenizer_stage2.pt (training states, --resume goes on from them),
-tokenizer.pt (the finished model: with the causal decoder after stage 1, with the crisp one after stage 2), log.jsonl,
-pictures/.
+tokenizer.pt (the finished model of the last stage), log.jsonl, pictures/.
 """
 import os
 from dataclasses import asdict, fields
@@ -15,16 +14,14 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 from data import InputError
 from fid import load_judges, psnr
 from tokenizer import PRESETS, Tokenizer, TokenizerConfig, build_tokenizer, from_released, strip_target
 
-
 class Phase(NamedTuple):
-    """A stretch of a stage: steps, learning rate from -> to along a cosine, weights of the losses beside MSE and strip."""
+    """Steps of a stage, a cosine of learning rates, and the weights of losses beside MSE and strip."""
     name: str
     steps: int
     lr: float
@@ -34,42 +31,40 @@ class Phase(NamedTuple):
     lpips: float = 0.0
     gan: float = 0.0
 
-
 PAPER = [
     Phase("lpips", 50_000, 1e-4, 1e-4, quantizer=1.0, perceptual=0.1, lpips=1.0),
     Phase("perceptual", 200_000, 1e-4, 2e-5, quantizer=1.0, perceptual=1.0),
     Phase("gan", 100_000, 2e-5, 2e-6, quantizer=1.0, perceptual=1.0, gan=0.1 * 0.05)]
 
-# batch_size: over all ranks. warmup: steps, at the start of either stage. discriminator: channels of its first layer.
-# quantize: quantization is blended in between these shares of stage 1; before, the decoder sees the latents.
+# batch_size: over all ranks. warmup: steps, at the start of either stage. discriminator: channels of its
+# first layer. quantize: quantization is blended in between these shares of stage 1; before, the decoder sees
+# the latents.
 RECIPES = {
-    # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the first
-    # step keeps so small a model from finding out where in the picture a token belongs.
-    "tiny": dict(batch_size=16, warmup=100, betas=(0.9, 0.95), quantize=(0.2, 0.35), discriminator=32, stages=[
-        [Phase("pixels", 6000, 1e-3, 1e-5, quantizer=0.1)], [Phase("pixels", 4000, 2e-3, 2e-5)]]),
+    # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the
+    # first step keeps so small a model from finding out where in the picture a token belongs.
+    "tiny": dict(
+        batch_size=16, warmup=100, betas=(0.9, 0.95), quantize=(0.2, 0.35), discriminator=32,
+        stages=[[Phase("pixels", 6000, 1e-3, 1e-5, quantizer=0.1)], [Phase("pixels", 4000, 2e-3, 2e-5)]]),
     # As published, for 8 GPUs of 48 images each; betas are ours, and so is clipping.
-    "paper": dict(batch_size=384, warmup=10_000, betas=(0.9, 0.95), quantize=(0.0, 0.0), discriminator=128, stages=[
-        PAPER, [PAPER[0], PAPER[1]._replace(steps=150_000), PAPER[2]]]),
+    "paper": dict(
+        batch_size=384, warmup=10_000, betas=(0.9, 0.95), quantize=(0.0, 0.0), discriminator=128,
+        stages=[PAPER, [PAPER[0], PAPER[1]._replace(steps=150_000), PAPER[2]]]),
 }
 DISCRIMINATOR_WEIGHT = 0.1
 
-
 def plan(phases, steps, lr_scale, perceptual):
-    """The phases of a stage, stretched or shrunk to `steps` together, their learning rates scaled, perceptual or not.
-
-    InputError when a phase would have no step.
-    """
+    """The phases of a stage, stretched to `steps` together, rates scaled, with perceptual losses or without."""
     total, done, planned = sum(phase.steps for phase in phases), 0, []
     for phase in phases:
         end = round((done + phase.steps) * steps / total)
         phase_steps = end - sum(p.steps for p in planned)
         if not phase_steps:
-            raise InputError(f"{steps} steps are too few for the {len(phases)} phases of a stage; give --steps more")
+            raise InputError(f"{steps} steps are too few for {len(phases)} phases; give --steps more")
         done += phase.steps
-        planned.append(phase._replace(steps=phase_steps, lr=phase.lr * lr_scale, final_lr=phase.final_lr * lr_scale,
-                                      perceptual=phase.perceptual * perceptual, lpips=phase.lpips * perceptual))
+        planned.append(phase._replace(
+            steps=phase_steps, lr=phase.lr * lr_scale, final_lr=phase.final_lr * lr_scale,
+            perceptual=phase.perceptual * perceptual, lpips=phase.lpips * perceptual))
     return planned
-
 
 def phase_at(phases, step):
     """-> the phase that `step` belongs to and the step's place in it."""
@@ -78,21 +73,17 @@ def phase_at(phases, step):
             return phase, step
         step -= phase.steps
 
-
 def quantized_share(progress, start, end):
     """Share of quantization at this share of stage 1: 0 until `start`, 1 from `end` on."""
     return min(1.0, max(0.0, (progress - start) / (end - start))) if end > start else 1.0
 
-
-# -----------------------------------------------------------------------------
-# Losses
+# ---- Losses --------------------------------------------------------------------------------------
 
 class Discriminator(nn.Module):
-    """PatchGAN with blur-pooled downsampling: images (B, 3, H, W) in [0, 1] -> logits (B, 1, h, w), high for real."""
-
+    """PatchGAN, blurred before halving: images (B, 3, H, W) -> logits (B, 1, h, w), high for real patches."""
     def __init__(self, channels):
         super().__init__()
-        widths = [channels, channels, 2 * channels, 4 * channels]            # doubling after the first stage: ours
+        widths = [channels, channels, 2 * channels, 4 * channels]       # doubling after the first stage: ours
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.GroupNorm(32, width) for width in widths[1:])
@@ -101,7 +92,7 @@ class Discriminator(nn.Module):
         self.register_buffer("blur", binomial[:, None] * binomial, persistent=False)
 
     def downsample(self, x):
-        """(B, C, H, W) -> (B, C, H/2, W/2), low-passed by the binomial filter before every second pixel is dropped."""
+        """(B, C, H, W) -> (B, C, H/2, W/2): every second pixel, after the binomial filter."""
         kernel = self.blur.to(x.dtype).expand(x.shape[1], 1, 4, 4)
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
 
@@ -111,11 +102,9 @@ class Discriminator(nn.Module):
             x = F.leaky_relu(norm(self.downsample(conv(x))), 0.1)
         return self.to_logits(F.adaptive_max_pool2d(x, (min(16, x.shape[2]), min(16, x.shape[3]))))
 
-
 def hinge_loss(real, painted):
-    """The discriminator's loss on logits (B, 1, h, w) of real and of painted images; averaging the two is ours."""
+    """The discriminator's loss on logits of real and painted images; averaging the two is ours."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + painted.float()).mean()) / 2
-
 
 def perceptual_loss(convnext, painted, images):
     """Mean squared difference of ImageNet logits; the true image's need no gradient."""
@@ -123,16 +112,12 @@ def perceptual_loss(convnext, painted, images):
         target = convnext(images)
     return F.mse_loss(convnext(painted).float(), target.float())
 
-
-# -----------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, val, args, device, picture):
-    """Judge reconstructions of --eval-images validation images, and draw eight of them.
-
-    -> {"val_psnr": mean PSNR in dB, "val_codes": how many codes occur}. InputError when training has diverged.
-    """
+    """Judge reconstructions of --eval-images validation images, and draw eight of them. -> {"val_psnr": mean
+    PSNR in dB, "val_codes": how many codes occur}"""
     model.eval()
     indices, total = data.spread(len(val), args.eval_images), 0.0
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
@@ -152,9 +137,7 @@ def evaluate(model, val, args, device, picture):
     model.train()
     return {"val_psnr": total / len(indices), "val_codes": sum(count > 0 for count in counts)}
 
-
-# -----------------------------------------------------------------------------
-# One stage
+# ---- One stage -----------------------------------------------------------------------------------
 
 def train_stage(model, train, val, args, judges, stop_flag, device):
     """Train stage `model.stage` in place, from wherever --resume finds its state, to its last step."""
@@ -165,8 +148,9 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     strip_weight = 10 * (config.grid + 1) / config.grid ** 2
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     discriminator = Discriminator(args.discriminator).to(device)
-    optimizer, disc_optimizer = (                                            # weight decay: ours
-        data.adamw(net, lambda name, p: p.ndim > 1, args.lr, args.betas, 1e-4) for net in (model, discriminator))
+    optimizer, disc_optimizer = (
+        data.adamw(net, lambda name, p: p.ndim > 1, args.lr, args.betas, weight_decay=1e-4)            # ours
+        for net in (model, discriminator))
     parts = dict(model=model, optimizer=optimizer, discriminator=discriminator, disc_optimizer=disc_optimizer)
 
     start, skipped, losses = 0, 0, {}
@@ -178,20 +162,20 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     if start == steps:
         return
     if args.grad_checkpoint:
-        data.checkpoint_blocks([*model.encoder.blocks, *model.decoder.blocks] if stage == 1 else model.decoder.blocks)
+        data.checkpoint_blocks(model.decoder.blocks, model.encoder.blocks if stage == 1 else [])
     if args.compile:
         model.encoder.compile()
         model.decoder.compile()
-    ddp_model, ddp_discriminator = data.distribute(model, device, args), data.distribute(discriminator, device, args)
+    ddp_model, ddp_discriminator = data.distribute(model, device), data.distribute(discriminator, device)
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     batches = data.batches(train.read, data.batch_keys(run, len(train), args, start), args.workers)
-    progress = tqdm(range(start, steps), run, steps, initial=start, unit="img", unit_scale=args.batch_size,
-                    disable=data.rank() > 0)
+    progress = data.progress_bar(range(start, steps), run, args.batch_size, initial=start, total=steps)
     last_good = start - 1
     model.train()
     for step in progress:
         phase, place = phase_at(phases, step)
-        lr = data.learning_rate(place, phase.steps, args.warmup if step == place else 0, phase.lr, phase.final_lr)
+        warmup = args.warmup if step == place else 0                         # in the first phase only
+        lr = data.learning_rate(place, phase.steps, warmup, phase.lr, phase.final_lr)
         quantized = quantized_share(step / steps, *args.quantize) if stage == 1 else 1.0
 
         # In a GAN phase, discriminator and tokenizer learn from alternate batches.
@@ -203,7 +187,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         sums = {}
         for micro in range(args.accum):
             images = data.to_float(next(batches)[0], device)
-            ddp_net.require_backward_grad_sync = micro + 1 == args.accum      # ranks exchange gradients once a step
+            ddp_net.require_backward_grad_sync = micro + 1 == args.accum      # exchange gradients once a step
             with autocast:
                 if net is discriminator:
                     with torch.no_grad():
@@ -234,7 +218,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             (loss / args.accum).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / args.accum
-        losses = losses | sums if place else sums                            # of a GAN phase, the latest of either turn
+        losses = losses | sums if place else sums                  # of a GAN phase, the latest of either turn
 
         if step == start and stage == 1 and not any(p.grad.any() for p in model.encoder.parameters()):
             raise RuntimeError("no gradient reaches the encoder: does Quantizer.forward pass it on?")
@@ -260,20 +244,21 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             picture = f"{args.out}/pictures/tokenizer_stage{stage}_{done:06d}.png"
             scores = evaluate(model, val, args, device, picture)
             log.write(done, **scores)
-            data.say(f"{run}, step {done}: validation PSNR {scores['val_psnr']:.2f} dB, {scores['val_codes']} of "
-                     f"{config.codebook_size} codes")
+            data.say(f"{run}, step {done}: validation PSNR {scores['val_psnr']:.2f} dB, "
+                     f"{scores['val_codes']} of {config.codebook_size} codes")
         stop = stop_flag.read(done)
         if stop or done % args.save_every == 0 or done == steps:
-            data.save_checkpoint(path, kind="tokenizer", config=asdict(config), classes=train.classes, fixed=fixed,
-                                 step=done, skipped=skipped, losses=data.mean_over_ranks(losses),
-                                 **{name: part.state_dict() for name, part in parts.items()})
+            data.save_checkpoint(
+                path, kind="tokenizer", config=asdict(config), classes=train.classes, fixed=fixed, step=done,
+                skipped=skipped, losses=data.mean_over_ranks(losses),
+                **{name: part.state_dict() for name, part in parts.items()})
         if stop:
-            raise data.Stopped(stop, f"step {done} of {run}")
-
+            data.say(f"stopped by signal {stop} at step {done} of {run}; --resume goes on from there")
+            raise SystemExit(128 + stop)
 
 def parse_args():
     parser, known = data.preset_parser(
-        __doc__, PRESETS, ("--recipe", dict(choices=RECIPES, help="phases and losses (default: the preset's)")),
+        __doc__, PRESETS, ("--recipe", dict(choices=RECIPES, help="phases and losses (the preset's)")),
         ("--steps", dict(type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"),
                          help="stretches the phases of the recipe")))
     recipe_name = known.recipe or ("tiny" if known.preset == "tiny" else "paper")
@@ -290,29 +275,27 @@ def parse_args():
     add("--patch-size", type=data.positive, help="(%(default)s)")
     add("--codebook-size", type=data.positive, help="(%(default)s)")
     add("--no-prefix", dest="prefix", action="store_false", help="no prefix tokens, no strip, for comparison")
-    add("--vision-weights", metavar="FOLDER", help="with the weights of the networks behind the perceptual losses "
-        "(default: downloaded once), or 'random' for trials")
-    add("--no-perceptual", dest="perceptual", action="store_false", help="do without ConvNeXt and LPIPS losses")
+    add("--vision-weights", metavar="FOLDER", help="with the files of the networks behind perceptual losses "
+        "(downloaded once), or 'random', for trials")
+    add("--no-perceptual", dest="perceptual", action="store_false", help="no ConvNeXt and LPIPS losses")
     data.add_run_arguments(parser)
-    parser.set_defaults(**{**recipe, **asdict(PRESETS[known.preset]), "recipe": recipe_name, "steps": steps, "lr": first.lr,
-                           "warmup": recipe["warmup"] * min(whole[0], steps[0]) // whole[0]})
+    parser.set_defaults(**recipe, **asdict(PRESETS[known.preset]), recipe=recipe_name, steps=steps)
+    parser.set_defaults(lr=first.lr, warmup=recipe["warmup"] * min(whole[0], steps[0]) // whole[0])
     args = parser.parse_args()
     args.phases = [plan(phases, count, args.lr / first.lr, args.perceptual)
                    for phases, count in zip(args.stages, args.steps)]
     return args
-
 
 def finished_stage1(path, config, device):
     """The tokenizer in stage 1's training state. InputError when it is not finished or of another shape."""
     saved = data.load_checkpoint(path, "tokenizer", from_released)
     step, steps = saved.get("step", 0), saved.get("fixed", {"steps": [0]})["steps"][0]
     if step < steps:
-        raise InputError(f"{path} holds step {step} of {steps}: finish that first, with --resume and without --stage")
+        raise InputError(f"{path} holds step {step} of {steps}: finish stage 1 first, with --resume")
     model = build_tokenizer(saved, path).to(device)
     if model.config != config:
         raise InputError(f"{path} has another shape than these flags ask for: {model.config}")
     return model
-
 
 def main():
     args = parse_args()
@@ -350,8 +333,7 @@ def main():
         model.swap_decoder()
         train_stage(model, train, val, args, judges, stop_flag, device)
         save_model()
-    data.say(f"wrote {args.out}/tokenizer.pt; next: python train_ar.py, with the same --data, --val-data and --out")
-
+    data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --data, --val-data and --out")
 
 if __name__ == "__main__":
     data.run(main)

@@ -76,7 +76,7 @@ def train(model, tokenizer, caches, classes, args, device):
         data.checkpoint_blocks(model.blocks)
     if args.compile:
         model.compile()
-    ddp_model, stop_flag = data.distribute(model, device, args), data.StopFlag()
+    ddp_model, stop_flag = data.distribute(model, device), data.StopFlag()
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     judged = {"train": (train_cache, data.stream_keys(run, args.seed, n, 0, min(n, args.eval_images))),
               "val": (val_cache, [(0, index) for index in data.spread(len(val_cache), args.eval_images)])}

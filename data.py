@@ -25,6 +25,7 @@ import zlib
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -728,32 +729,30 @@ def load_training_state(path, kind, fixed):
 class Log:
     """`log.jsonl`, a JSON object a line: {"run": ..., "step": ..., ...}. Rank 0 writes. A resumed run drops
     its lines of later steps, so the log reads as if nothing had happened."""
-    def __init__(self, path, name, step):
-        self.path, self.name, kept = path, name, []
+    def __init__(self, path, run, step):
+        self.path, self.run, kept = path, run, []
         if rank() == 0:
             if os.path.exists(path):
                 with open(path, "rb") as file:
-                    lines = [line for line in file if line.endswith(b"\n")]
-                entries = zip(lines, map(json.loads, lines))
-                kept = [line for line, entry in entries if entry["run"] != name or entry["step"] <= step]
+                    entries = {line: json.loads(line) for line in file if line.endswith(b"\n")}
+                kept = [line for line, entry in entries.items()
+                        if entry["run"] != run or entry["step"] <= step]
             replace_file(path, lambda file: file.writelines(kept))
 
     def write(self, step, **values):
         if rank() == 0:
             with open(self.path, "a") as file:
-                file.write(json.dumps({"run": self.name, "step": step, **values}) + "\n")
+                file.write(json.dumps({"run": self.run, "step": step, **values}) + "\n")
 
 # ---- Pictures out --------------------------------------------------------------------------------
 
 def grid_image(images, columns):
     """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between."""
-    n, _, height, width = images.shape
-    sheet = Image.new("RGB", (columns * (width + 2) + 2, -(-n // columns) * (height + 2) + 2), "white")
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    for k, picture in enumerate(pixels):
-        row, column = divmod(k, columns)
-        sheet.paste(Image.fromarray(picture), (2 + column * (width + 2), 2 + row * (height + 2)))
-    return sheet
+    images = F.pad(images.float().cpu().clamp(0, 1), (0, 2, 0, 2), value=1)
+    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
+    rows = torch.cat([images, blank]).unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)     # (r, H, c, W, 3)
+    sheet = F.pad(rows.flatten(0, 1).flatten(1, 2), (0, 0, 2, 0, 2, 0), value=1)
+    return Image.fromarray((sheet * 255).round().byte().numpy())
 
 def save_picture(path, picture):
     """A PIL image -> a PNG file. Rank 0 writes."""

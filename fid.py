@@ -7,8 +7,8 @@
 
 Notable:
 - FID, sFID, Inception Score, precision and recall are those of ADM's evaluator. Its network is the Inception
-  of 2015-12-05, not torchvision's: average pools leave padding out, the last block pools with max, and pictures
-  are resized as TensorFlow 1 did it.
+  of 2015-12-05, not torchvision's: average pools leave padding out, the last block pools with max, and
+  pictures are resized as TensorFlow 1 did it.
 - Where a file holds mu, sigma, mu_s, sigma_s, they stand for FID and sFID; arr_0 serves precision and recall.
 - Images pass by in batches; what stays in memory is 16 kB of features an image. Gaussians are float64.
 - The Inception Score is averaged over runs of 5000 images in file order, so classes must be well mixed.

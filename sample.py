@@ -50,8 +50,8 @@ def class_id(word, model):
 # ---- Painting ------------------------------------------------------------------------------------
 
 def paint(model, tokenizer, pictures, args, device, kept=None):
-    """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or None.
-    Yields, batch by batch, numbers (list), tokens (B, N) int64, images (B, 3, H, W) uint8."""
+    """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or
+    None. Yields, batch by batch, numbers (list), tokens (B, N) int64, images (B, 3, H, W) uint8."""
     share = -(-len(pictures) // data.world_size())
     mine = pictures[data.rank() * share:(data.rank() + 1) * share]           # in one piece: pages of its own
     sampling = {name: getattr(args, name) for name in SAMPLING}
@@ -78,11 +78,10 @@ def paint_all(model, tokenizer, classes, args, device, kept=None):
     return tokens.to(device), images.to(device) / 255
 
 def paint_grid(model, tokenizer, ids, args, device):
-    """--n pictures of each class in `ids`: one PNG grid. -> its path."""
+    """--n pictures of each class in `ids`. -> a grid (a PIL image), and its file name."""
     _, images = paint_all(model, tokenizer, [label for label in ids for _ in range(args.n)], args, device)
-    path = args.png or os.path.join(args.out, f"class_{'_'.join(map(str, ids[:8]))}.png")
-    data.save_picture(path, data.grid_image(images, args.n if len(ids) > 1 else max(1, round(args.n ** 0.5))))
-    return path
+    grid = data.grid_image(images, args.n if len(ids) > 1 else max(1, round(args.n ** 0.5)))
+    return grid, f"class_{'_'.join(map(str, ids[:8]))}.png"
 
 def paint_npz(model, tokenizer, args, device, weights):
     """--num-images pictures in an .npz that ADM's evaluator reads (`arr_0`), classes in turn: it averages the
@@ -173,12 +172,12 @@ def read_pictures(path, size, count):
 
 def complete(model, tokenizer, ids, args, device):
     """--image: the AR model goes on from the first --keep of the tokens of a picture, or of --num-images
-    pictures. A grid, a row a picture: the original, what is kept of it (as the causal decoder paints it), and
-    --n completions."""
+    pictures. -> a grid and its file name. A row is a picture: the original, what is kept of it (as the causal
+    decoder paints it), and --n completions."""
     config = tokenizer.config
-    originals = read_pictures(args.image, config.image_size, args.num_images or 8).to(device)
+    originals = read_pictures(args.image, config.image_size, args.num_images).to(device)
     tokens = tokenizer.encode(originals)
-    kept = round((0.5 if args.keep is None else args.keep) * config.num_tokens)
+    kept = round(args.keep * config.num_tokens)
     if not ids:
         ids, args.cfg_scale = [model.config.num_classes], 1.0           # without a class, nothing to guide to
     _, completed = paint_all(model, tokenizer, ids * (len(originals) * args.n), args, device,
@@ -186,21 +185,17 @@ def complete(model, tokenizer, ids, args, device):
     seen = so_far(*tokenizer.decode_causal(tokens), config, kept)
     seen = seen[..., -config.image_size:, :config.image_size]                # without the band of the prefix
     rows = torch.cat([originals[:, None], seen[:, None], completed.unflatten(0, (-1, args.n))], 1)
-    path = args.png or os.path.join(args.out, "completed.png")
-    data.save_picture(path, data.grid_image(rows.flatten(0, 1), args.n + 2))
-    return path
+    return data.grid_image(rows.flatten(0, 1), args.n + 2), "completed.png"
 
 def reconstruct(tokenizer, args, device):
-    """--reconstruct: -n pictures, see `read_pictures`: original, by stage 1, by stage 2. Prints PSNR in dB.
-    -> path"""
+    """--reconstruct: -n pictures, see `read_pictures`, with their PSNR in dB. -> a grid and its file name. A row
+    is a picture: the original, by stage 1, by stage 2."""
     originals = read_pictures(args.reconstruct, tokenizer.config.image_size, args.n).to(device)
     tokens = tokenizer.encode(originals)
     causal, final = tokenizer.decode_causal(tokens)[0], tokenizer.decode(tokens)
     for k, (one, two) in enumerate(zip(psnr(causal, originals), psnr(final, originals))):
         print(f"picture {k}: stage 1 {one:.1f} dB, stage 2 {two:.1f} dB")
-    path = args.png or os.path.join(args.out, "reconstructed.png")
-    data.save_picture(path, data.grid_image(torch.stack([originals, causal, final], 1).flatten(0, 1), 3))
-    return path
+    return data.grid_image(torch.stack([originals, causal, final], 1).flatten(0, 1), 3), "reconstructed.png"
 
 # -----------------------------------------------------------------------------
 
@@ -210,8 +205,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--paint", metavar="GIF", help="with --class: show the grid appear token by token")
-    task.add_argument("--image", metavar="PATH", help="go on from the first tokens of a picture, a folder's, or "
-                      "built-in ones ('shapes'); with or without a --class")
+    task.add_argument("--image", metavar="PATH", help="go on from the first tokens of a picture, a folder's "
+                      "or built-in ones ('shapes'); with or without a --class")
     task.add_argument("--reconstruct", metavar="PATH", help="pictures, and what either decoder makes of them")
     task.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py")
     add = parser.add_argument
@@ -236,10 +231,12 @@ def parse_args():
     if args.out.endswith(".png"):
         args.png, args.out = args.out, "out"
     if bool(args.classes) == bool(args.npz or args.reconstruct) and not args.image:
-        parser.error("say what to paint: --class (with --paint, to see it appear), --image (with a --class or "
-                     "without), --reconstruct or --npz")
+        parser.error("say what to paint: --class (with --paint, to see it appear), --image (with a --class "
+                     "or without), --reconstruct or --npz")
     if args.image and len(args.classes) > 1 or args.keep is not None and not args.image:
         parser.error("--image takes one --class at most, and --keep goes with --image")
+    args.keep = 0.5 if args.keep is None else args.keep
+    args.num_images = args.num_images or (50_000 if args.npz else 8)
     for flag, suffix in (("png", ".png"), ("paint", ".gif"), ("npz", ".npz")):
         path = getattr(args, flag)
         if path and not path.lower().endswith(suffix):
@@ -248,33 +245,35 @@ def parse_args():
 
 def main():
     args = parse_args()
-    chosen_dtype, device = args.dtype, data.start(args)
+    automatic, device = args.dtype == "auto", data.start(args)
     weights = find_weights(args)
     tokenizer = load_tokenizer(weights[0], device)
     if args.reconstruct:
-        print(f"reconstructed {args.reconstruct} with {weights[0]}: {reconstruct(tokenizer, args, device)}")
-        return
-    model = load_ar(weights[1], device, tokenizer.config.grid)
-    shared = ("codebook_size", "grid", "prefix")
-    if (any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in shared)
-            or model.tokenizer not in (None, tokenizer.fingerprint())):
-        raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
-    if chosen_dtype == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
-        args.dtype = "float32"
-    if args.dtype == "bfloat16":
-        model.to_bfloat16()
-    ids = [class_id(word, model) for word in args.classes]
-    subject = ", ".join(f"{k} ({model.classes[k]})" if model.classes else str(k) for k in ids[:8])
+        subject, picture = args.reconstruct, reconstruct(tokenizer, args, device)
+    else:
+        model = load_ar(weights[1], device, tokenizer.config.grid)
+        shared = ("codebook_size", "grid", "prefix")
+        if (any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in shared)
+                or model.tokenizer not in (None, tokenizer.fingerprint())):
+            raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
+        if automatic and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
+            args.dtype = "float32"
+        if args.dtype == "bfloat16":
+            model.to_bfloat16()
+        ids = [class_id(word, model) for word in args.classes]
+        subject = ", ".join(f"{k} ({model.classes[k]})" if model.classes else str(k) for k in ids[:8])
     if args.npz:
-        args.num_images = args.num_images or 50_000
         path, subject = paint_npz(model, tokenizer, args, device, weights), f"{args.num_images} pictures"
-    elif args.image:
-        path, subject = complete(model, tokenizer, ids, args, device), f"ways to go on from {args.image}"
     elif args.paint:
         path = paint_gif(model, tokenizer, ids, args, device)
     else:
-        path = paint_grid(model, tokenizer, ids, args, device)
-    data.say(f"painted {subject} with {weights[1]}: {path}")
+        if args.image:
+            subject, picture = args.image, complete(model, tokenizer, ids, args, device)
+        elif args.classes:
+            picture = paint_grid(model, tokenizer, ids, args, device)
+        path = args.png or os.path.join(args.out, picture[1])
+        data.save_picture(path, picture[0])
+    data.say(f"painted {subject} with {', '.join(weights)}: {path}")
 
 if __name__ == "__main__":
     data.run(main)

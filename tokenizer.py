@@ -432,14 +432,11 @@ def from_released(released):
 
 def load_tokenizer(path, device="cpu"):
     """The tokenizer of a file of train_tokenizer.py, or of a released one, in eval mode."""
-    return build_tokenizer(load_checkpoint(path, "tokenizer", from_released), path).to(device).eval()
-
-def build_tokenizer(saved, path):
-    """What `load_checkpoint` read from `path` -> the tokenizer, with stage 1's decoder if it is kept."""
+    saved = load_checkpoint(path, "tokenizer", from_released)
     model, state = Tokenizer(TokenizerConfig(**saved["config"])), saved["model"]
     for name, value in (saved.get("causal_decoder") or {}).items():          # where files kept it before
         state[f"causal_decoder.{name}"] = value
     if "causal_decoder.positions" in state:
         model.causal_decoder = Decoder(replace(model.config, decoder="causal"))
     load_weights(model, state, path)
-    return model
+    return model.to(device).eval()

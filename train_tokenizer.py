@@ -1,14 +1,14 @@
-"""Train the AliTok tokenizer: stage 1 (causal decoder), the swap, stage 2 (bidirectional decoder), in one run.
+"""Train the AliTok tokenizer: stage 1 (causal decoder), the swap, stage 2 (bidirectional decoder).
 
     python train_tokenizer.py                       # built-in pictures, tiny preset, a CPU is enough
     torchrun --nproc_per_node=8 train_tokenizer.py --preset imagenet256 --data train --val-data val
 
-A stage is a list of phases, each with its learning rate and its losses (RECIPES); a run goes through them all.
+A stage is a list of phases, each with its learning rate and losses (RECIPES). One run goes through them all.
 Writes to --out: tokenizer_stage1.pt and tokenizer_stage2.pt (training states, --resume goes on from them),
 tokenizer.pt (the finished model of the last stage), log.jsonl, pictures/.
 """
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import data
 from data import InputError
 from fid import load_judges, psnr
-from tokenizer import PRESETS, Tokenizer, TokenizerConfig, build_tokenizer, from_released, strip_target
+from tokenizer import PRESETS, Tokenizer, TokenizerConfig, load_tokenizer, strip_target
 
 class Phase(NamedTuple):
     """Steps of a stage, a cosine of learning rates, and the weights of losses beside MSE and strip."""
@@ -36,9 +36,9 @@ PAPER = [
     Phase("perceptual", 200_000, 1e-4, 2e-5, quantizer=1.0, perceptual=1.0),
     Phase("gan", 100_000, 2e-5, 2e-6, quantizer=1.0, perceptual=1.0, gan=0.1 * 0.05)]
 
-# batch_size: over all ranks. warmup: steps, at the start of either stage. discriminator: channels of its
-# first layer. quantize: quantization is blended in between these shares of stage 1; before, the decoder sees
-# the latents.
+# batch_size: over all ranks. warmup: steps at the start of either stage, a tenth of it at most. quantize: the
+# quantization is blended in between these shares of stage 1; before, the decoder sees the latents themselves.
+# discriminator: channels of its first layer.
 RECIPES = {
     # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the
     # first step keeps so small a model from finding out where in the picture a token belongs.
@@ -53,7 +53,7 @@ RECIPES = {
 DISCRIMINATOR_WEIGHT = 0.1
 
 def plan(phases, steps, lr_scale, perceptual):
-    """The phases of a stage, stretched to `steps` together, rates scaled, with perceptual losses or without."""
+    """The phases of a stage, stretched to `steps`, rates scaled, with perceptual losses or without."""
     total, done, planned = sum(phase.steps for phase in phases), 0, []
     for phase in phases:
         end = round((done + phase.steps) * steps / total)
@@ -129,9 +129,8 @@ def evaluate(model, val, args, device, picture):
         total += psnr(model.decode(tokens), images).sum().item()
     total, *counts = data.over_ranks([total, *counts.tolist()])
     data.check_finite("validation PSNR", total)
-    # index + k, since pictures at even distances have digits of their class in common
-    shown = [min(index + k, len(val) - 1) for k, index in enumerate(data.spread(len(val), 8))]
-    images = data.to_float(torch.stack([val.read(0, index)[0] for index in shown]), device)
+    shown = data.generator("shown").integers(len(val), size=8)
+    images = data.to_float(torch.stack([val.read(0, int(index))[0] for index in shown]), device)
     painted = model.decode(model.encode(images))
     data.save_picture(picture, data.grid_image(torch.cat([images, painted]), len(images)))
     model.train()
@@ -174,7 +173,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     model.train()
     for step in progress:
         phase, place = phase_at(phases, step)
-        warmup = args.warmup if step == place else 0                         # in the first phase only
+        warmup = min(args.warmup, steps // 10) if step == place else 0       # in the first phase only
         lr = data.learning_rate(place, phase.steps, warmup, phase.lr, phase.final_lr)
         quantized = quantized_share(step / steps, *args.quantize) if stage == 1 else 1.0
 
@@ -258,16 +257,14 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
 
 def parse_args():
     parser, known = data.preset_parser(
-        __doc__, PRESETS, ("--recipe", dict(choices=RECIPES, help="phases and losses (the preset's)")),
-        ("--steps", dict(type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"),
-                         help="stretches the phases of the recipe")))
+        __doc__, PRESETS, ("--recipe", dict(choices=RECIPES, help="phases and losses (the preset's)")))
     recipe_name = known.recipe or ("tiny" if known.preset == "tiny" else "paper")
     recipe = RECIPES[recipe_name]
-    first = recipe["stages"][0][0]
     whole = [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
-    steps = known.steps or whole
+    lr = recipe["stages"][0][0].lr
     add = parser.add_argument
-    add("--stage", choices=["1", "2", "both"], default="both")
+    add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="of all phases (%(default)s)")
+    add("--stage", choices=["1", "2", "both"], default="both", help="2 starts from tokenizer.pt in --out")
     add("--encoder", choices=["bidirectional", "causal"], help="(%(default)s)")
     add("--decoder", choices=["causal", "bidirectional"],
         help="of stage 1; bidirectional makes an ordinary tokenizer, for comparison (%(default)s)")
@@ -279,23 +276,12 @@ def parse_args():
         "(downloaded once), or 'random', for trials")
     add("--no-perceptual", dest="perceptual", action="store_false", help="no ConvNeXt and LPIPS losses")
     data.add_run_arguments(parser)
-    parser.set_defaults(**recipe, **asdict(PRESETS[known.preset]), recipe=recipe_name, steps=steps)
-    parser.set_defaults(lr=first.lr, warmup=recipe["warmup"] * min(whole[0], steps[0]) // whole[0])
+    shape = asdict(PRESETS[known.preset])
+    parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr)
     args = parser.parse_args()
-    args.phases = [plan(phases, count, args.lr / first.lr, args.perceptual)
+    args.phases = [plan(phases, count, args.lr / lr, args.perceptual)
                    for phases, count in zip(args.stages, args.steps)]
     return args
-
-def finished_stage1(path, config, device):
-    """The tokenizer in stage 1's training state. InputError when it is not finished or of another shape."""
-    saved = data.load_checkpoint(path, "tokenizer", from_released)
-    step, steps = saved.get("step", 0), saved.get("fixed", {"steps": [0]})["steps"][0]
-    if step < steps:
-        raise InputError(f"{path} holds step {step} of {steps}: finish stage 1 first, with --resume")
-    model = build_tokenizer(saved, path).to(device)
-    if model.config != config:
-        raise InputError(f"{path} has another shape than these flags ask for: {model.config}")
-    return model
 
 def main():
     args = parse_args()
@@ -327,7 +313,9 @@ def main():
         if not os.path.exists(f"{args.out}/tokenizer_stage2.pt"):
             save_model()
     else:
-        model = finished_stage1(f"{args.out}/tokenizer_stage1.pt", config, device)
+        model = load_tokenizer(f"{args.out}/tokenizer.pt", device)
+        if replace(model.config, decoder=config.decoder) != config:
+            raise InputError(f"{args.out}/tokenizer.pt is of another shape than these flags say: {model.config}")
     if 2 in stages:
         torch.manual_seed(args.seed + 1)
         model.swap_decoder()

@@ -355,7 +355,7 @@ class TokenCache:
         try:
             with open(self.note) as file:
                 saved = dict(json.load(file))
-            self.tokens = np.load(self.path, mmap_mode="r+", allow_pickle=False)
+            self.tokens = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (ValueError, TypeError, EOFError):
             self.refuse()
         refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
@@ -393,16 +393,16 @@ class TokenCache:
 
     def build(self, dataset, tokenizer, device, workers, batch_size):
         """Encode the images whose tokens are missing, every rank its share."""
-        missing = self.missing()
+        missing, tokens = self.missing(), np.load(self.path, mmap_mode="r+", allow_pickle=False)
         barrier()                             # every rank has the same list before one of them shortens it
         share = np.array_split(missing, world_size())[rank()]                # in one piece: pages of its own
         micro = max(1, batch_size // dataset.crops)
         rows = [share[at:at + micro] for at in range(0, len(share), micro)]
         stream = batches(dataset.read_crops, [indices[:, None] for indices in rows], workers)
         for indices, images in zip(progress_bar(rows, "tokens", micro), stream):       # (B, crops, 3, H, W)
-            tokens = tokenizer.encode(to_float(images.flatten(0, 1), device))
-            self.tokens[indices] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()
-        self.tokens.flush()
+            ids = tokenizer.encode(to_float(images.flatten(0, 1), device))
+            tokens[indices] = ids.unflatten(0, images.shape[:2]).cpu().numpy()
+        tokens.flush()
         barrier()
         if len(self.missing()):
             raise InputError(f"{len(self.missing())} rows of {self.path} are not on the disk; run this again")

@@ -188,7 +188,7 @@ def complete(model, tokenizer, ids, args, device):
     return data.grid_image(rows.flatten(0, 1), args.n + 2), "completed.png"
 
 def reconstruct(tokenizer, args, device):
-    """--reconstruct: -n pictures, see `read_pictures`, with their PSNR in dB. -> a grid and its file name. A row
+    """--reconstruct: -n pictures, and their PSNR in dB. -> a grid and its file name. A row
     is a picture: the original, by stage 1, by stage 2."""
     originals = read_pictures(args.reconstruct, tokenizer.config.image_size, args.n).to(device)
     tokens = tokenizer.encode(originals)

@@ -263,7 +263,7 @@ def parse_args():
     whole = [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
     lr = recipe["stages"][0][0].lr
     add = parser.add_argument
-    add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="of all phases (%(default)s)")
+    add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="(%(default)s)")
     add("--stage", choices=["1", "2", "both"], default="both", help="2 starts from tokenizer.pt in --out")
     add("--encoder", choices=["bidirectional", "causal"], help="(%(default)s)")
     add("--decoder", choices=["causal", "bidirectional"],
@@ -315,7 +315,7 @@ def main():
     else:
         model = load_tokenizer(f"{args.out}/tokenizer.pt", device)
         if replace(model.config, decoder=config.decoder) != config:
-            raise InputError(f"{args.out}/tokenizer.pt is of another shape than these flags say: {model.config}")
+            raise InputError(f"{args.out}/tokenizer.pt has another shape than these flags: {model.config}")
     if 2 in stages:
         torch.manual_seed(args.seed + 1)
         model.swap_decoder()

@@ -287,11 +287,11 @@ class Decoder(nn.Module):
             strip = self.strip_head(x[:, :self.prefix_tokens], 1, self.prefix_tokens)
         return image, strip
 
-def strip_target(images, config):
+def strip_target(images, model):
     """What the prefix tokens paint, (B, 3, p, P*p): the first patch, then the first row."""
-    p = config.patch_size
+    p = model.config.patch_size
     patches = images.unfold(2, p, p).unfold(3, p, p).flatten(2, 3)                         # (B, 3, g*g, p, p)
-    strip = patches[:, :, own_patches(config)[:config.prefix_tokens]]
+    strip = patches[:, :, model.encoder.own_patches[:model.config.prefix_tokens]]
     return strip.transpose(2, 3).flatten(3)
 
 # ---- The whole --------------------------------------------------------------------------------------

@@ -138,6 +138,10 @@ def evaluate(model, val, args, device, picture):
 
 # ---- One stage -----------------------------------------------------------------------------------
 
+def encoder_learns(model):
+    """Whether any gradient reaches the encoder. A quantizer without a straight-through gradient lets none pass."""
+    return any(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
+
 def train_stage(model, train, val, args, judges, stop_flag, device):
     """Train stage `model.stage` in place, from wherever --resume finds its state, to its last step."""
     stage, config = model.stage, model.config
@@ -199,7 +203,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
                     terms = {"mse": F.mse_loss(painted, images)}
                     loss = terms["mse"]
                     if strip is not None:
-                        terms["strip"] = F.mse_loss(strip, strip_target(images, config))
+                        terms["strip"] = F.mse_loss(strip, strip_target(images, model))
                         loss = loss + strip_weight * terms["strip"]
                     if stage == 1:
                         terms["quantizer"] = quantizer_loss
@@ -219,7 +223,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
                 sums[name] = sums.get(name, 0) + term.detach() / args.accum
         losses = losses | sums if place else sums                  # of a GAN phase, the latest of either turn
 
-        if step == start and stage == 1 and not any(p.grad.any() for p in model.encoder.parameters()):
+        if stage == 1 and net is model and not encoder_learns(model):
             raise RuntimeError("no gradient reaches the encoder: does Quantizer.forward pass it on?")
         norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         if norm.isfinite():

@@ -10,6 +10,7 @@ Notable:
 In shapes: B images, T tokens so far, N tokens an image, V codes, H heads of D numbers, C = H * D.
 """
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class ARConfig:
 
     def __post_init__(self):
         if self.width % self.heads or self.width // self.heads % 4:
-            raise InputError(f"width {self.width} over {self.heads} heads: a head is no multiple of 4")
+            raise InputError(f"the size of a head, {self.width} / {self.heads}, must be a multiple of 4")
 
     @property
     def prefix_tokens(self):
@@ -203,6 +204,7 @@ class ARModel(nn.Module):
         c, weight = self.config, self.blocks[0].attn.qkv.weight
         shape = (batch, c.heads, 1 + c.num_tokens, c.width // c.heads)
         if self.caches is None or self.caches[0][0].shape != shape:
+            self.caches = None                                    # frees the old ones first
             self.caches = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.blocks]
         return self.caches
 
@@ -228,7 +230,7 @@ class ARModel(nn.Module):
         caches, next_tokens, places = self.caches_for(len(rows)), self.next_tokens, range(N)
         if compiled:
             next_tokens, places = self.compiled_next_tokens, torch.arange(N, device=device).split(1)
-            for cached in sum(caches, ()):
+            for cached in itertools.chain(*caches):
                 torch._dynamo.mark_static_address(cached)         # a CUDA graph then writes to it in place
         tokens = torch.empty(B, N, dtype=torch.long, device=device)
         for t in range(N):                                        # nothing here waits for the device

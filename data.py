@@ -154,8 +154,7 @@ def read_image(path):
                 raise ValueError(f"{image.width}x{image.height} is too long and thin to crop")
             return image.convert("RGB")
     except Exception as error:                # Pillow's decoders raise a dozen kinds for a damaged file
-        raise InputError(f"{path} is not a readable image ({error}); remove or repair it, or train with "
-                         "--skip-bad-images") from None
+        raise InputError(f"{path} is not a readable image ({error}); remove or repair it") from None
 
 def to_tensor(pixels):
     """(H, W, 3) array -> (3, H, W) tensor."""
@@ -214,7 +213,7 @@ class ImageFolder:
                 return read_image(self.paths[other])
             except InputError as error:
                 if not self.skip_bad:
-                    raise
+                    raise InputError(f"{error}, or train with --skip-bad-images") from None
                 warnings.warn(f"skipped: {error}", stacklevel=2)             # once a picture
         raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.folder}")
 
@@ -346,8 +345,7 @@ class TokenCache:
         if self.codebook_size > UNWRITTEN:
             raise InputError(f"a token cache holds up to {UNWRITTEN} codes, found {self.codebook_size}")
         shape = (len(dataset), dataset.crops, config.num_tokens)
-        settings = {"tokenizer": tokenizer.fingerprint(), "files": dataset.files, "shape": list(shape),
-                    "image_size": config.image_size, "codebook": self.codebook_size}
+        settings = {"tokenizer": tokenizer.fingerprint(), "files": dataset.files, "shape": list(shape)}
         if rank() == 0 and not os.path.exists(self.note):
             create_array(self.path, np.uint16, shape, UNWRITTEN)
             self.write_note(settings, finished=False)
@@ -425,7 +423,7 @@ def run(main):
     except Exception:
         code, message = 1, traceback.format_exc()
     if message:
-        print(f"rank {rank()}: " * (world_size() > 1) + message, file=sys.stderr, flush=True)
+        print(f"rank {rank()}: {message}" if world_size() > 1 else message, file=sys.stderr, flush=True)
     if dist.is_initialized():
         if not code:
             barrier()
@@ -443,7 +441,7 @@ def number(kind, low, high=math.inf):
         value = kind(text)
         if not low <= value <= high or not math.isfinite(value):
             limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"is {limits}, found {text}")
+            raise argparse.ArgumentTypeError(f"must be {limits}, found {text}")
         return value
 
     parse.__name__ = kind.__name__            # argparse names it where kind(text) fails
@@ -472,7 +470,7 @@ def add_run_arguments(parser):
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
-    add("--lr", type=above_zero, help="peak learning rate (%(default)s)")
+    add("--lr", type=above_zero, help="peak, of the first phase; others scale with it (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup (%(default)s)")
     add("--clip", type=above_zero, default=1.0, help="largest gradient norm (%(default)s)")
     add("--seed", type=natural, default=0)
@@ -615,9 +613,9 @@ def distribute(model, device):
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
-def checkpoint_blocks(*lists):
+def checkpoint_blocks(blocks):
     """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again."""
-    for block in itertools.chain(*lists):
+    for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 def check_finite(name, value):

@@ -194,10 +194,10 @@ def load_inception(place=None, device=torch.device("cpu")):
         net.to(memory_format=torch.channels_last)                            # 1.7 times as fast there
     return net.to(device).eval()
 
-# ---- ConvNeXt-S and LPIPS, in float32. Modules bear the names that torchvision's weight files give them.
+# ---- ConvNeXt-S and LPIPS. Modules bear the names that torchvision's weight files give them.
 
 class Normalize(nn.Module):
-    """Images in [0, 1] -> ImageNet's mean 0 and deviation 1, a channel."""
+    """Images in [0, 1] -> images of mean 0 and deviation 1 in each channel, over ImageNet."""
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
@@ -514,8 +514,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    paths = [path for path in (args.reference, args.samples, args.data) if path and path != "shapes"]
-    for path in paths:                        # before anything is downloaded
+    paths = [path for path in (args.reference, args.samples) if path]
+    folders = [args.data] if args.data not in (None, "shapes") else []
+    for path in paths + folders:              # before anything is downloaded
         if not os.path.exists(path):
             raise InputError(f"no such file or folder: {path}")
     device = data.start(args)
@@ -525,8 +526,8 @@ def main():
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer, device)
         size = tokenizer.config.image_size
-        shapes = data.Shapes("val", size, length=args.num_images)
-        images = shapes if args.data == "shapes" else Folder(args.data, size)
+        builtin = args.data == "shapes"
+        images = data.Shapes("val", size, length=args.num_images) if builtin else Folder(args.data, size)
         scores = tokenizer_metrics(tokenizer, images, net, device, args)
     else:
         sets = [load_statistics(path, net, device, args) for path in paths]

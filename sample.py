@@ -4,7 +4,7 @@
     python sample.py --class tench 12 --n 8 --seed 3 --cfg-scale 4
     python sample.py --class 207 --n 1 --paint painting.gif      # token by token
     python sample.py --image photo.png --keep 0.5 --n 8  # keeps the first half of its tokens, paints the rest
-    python sample.py --reconstruct photos/ --out grid.png        # what the tokenizer makes of pictures
+    python sample.py --reconstruct photos/ --png grid.png        # what the tokenizer makes of pictures
     torchrun --nproc_per_node=8 sample.py --npz samples.npz --num-images 50000
 
 Picture k of a command is a function of (seed, k) alone: neither the batch size nor the number of ranks
@@ -31,7 +31,8 @@ SAMPLING = ("cfg_scale", "cfg_power", "temperature", "top_k", "top_p")       # a
 def find_weights(args):
     """Paths of tokenizer and AR model: as given, else those in --out, else the demo pair in weights/."""
     names, folder = ("tokenizer.pt", "ar.pt"), args.out
-    if folder == "out" and not any(os.path.exists(f"out/{name}") for name in names):
+    given = args.tokenizer or args.ar
+    if folder == "out" and not given and not any(os.path.exists(f"out/{name}") for name in names):
         data.say("no model in out/ yet: taking the demo model in weights/")
         folder = DEMO
     return args.tokenizer or f"{folder}/tokenizer.pt", args.ar or f"{folder}/ar.pt"
@@ -55,13 +56,14 @@ def paint(model, tokenizer, pictures, args, device, kept=None):
     share = -(-len(pictures) // data.world_size())
     mine = pictures[data.rank() * share:(data.rank() + 1) * share]           # in one piece: pages of its own
     sampling = {name: getattr(args, name) for name in SAMPLING}
+    compiled = args.compile and len(mine) >= 8 * args.batch_size             # ours: compiling takes a minute
     for at in data.progress_bar(range(0, len(mine), args.batch_size), "painting", args.batch_size):
         numbers, classes = zip(*mine[at:at + args.batch_size])
         uniforms = image_uniforms(args.seed, numbers, model.config.num_tokens)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             tokens = model.generate(torch.tensor(classes), uniforms, **sampling,
                                     kept=None if kept is None else kept[list(numbers)],
-                                    compiled=args.compile and len(numbers) == args.batch_size)
+                                    compiled=compiled and len(numbers) == args.batch_size)
             images = (tokenizer.decode(tokens) * 255).round().byte()
         yield list(numbers), tokens.cpu(), images.cpu()
 
@@ -110,6 +112,8 @@ def paint_npz(model, tokenizer, args, device, weights):
         done[numbers] = 1
     done.flush()
     data.barrier()
+    if not done.all():
+        raise InputError(f"{(done == 0).sum()} pictures are not on the disk in {paths[0]}; run this again")
     if data.rank() == 0:
         data.replace_file(args.npz, lambda file: np.savez(file, arr_0=images))
         for path in paths:
@@ -120,23 +124,19 @@ def paint_npz(model, tokenizer, args, device, weights):
 
 UNPAINTED = 0.85                 # grey
 
-def pixel_places(config, device):
-    """The place in the sequence of the token that paints each pixel: (H, W)."""
-    places = config.prefix_tokens + data.generation_order(config.grid).to(device).argsort()
-    places = places.view(config.grid, config.grid)
-    return places.repeat_interleave(config.patch_size, 0).repeat_interleave(config.patch_size, 1)
-
-def so_far(image, strip, config, painted):
-    """A picture of which the first `painted` tokens are known: the prefix strip in a band of its own over the
-    image. image (B, 3, H, W) and strip (B, 3, p, (g+1)*p), of the causal decoder -> (B, 3, H + 2p, W + p);
-    the rest is grey. Without prefix tokens strip is None and there is no such band: (B, 3, H, W)."""
+def so_far(image, strip, tokenizer, known):
+    """A picture of which the first `known` tokens are there: the prefix strip in a band of its own over the
+    image. image (B, 3, H, W) and strip (B, 3, p, P*p), of the causal decoder -> (B, 3, H + 2p, W + p); the rest
+    is grey. Without prefix tokens strip is None and there is no such band: (B, 3, H, W)."""
+    config = tokenizer.config
     g, p, P = config.grid, config.patch_size, config.prefix_tokens
-    image = image.where(pixel_places(config, image.device) < painted, UNPAINTED)
+    places = tokenizer.decoder.place.view(g, g).repeat_interleave(p, 0).repeat_interleave(p, 1)  # of each pixel
+    image = image.where(places < known, UNPAINTED)
     if not P:
         return image
     canvas = torch.full((len(image), 3, g * p + 2 * p, P * p), UNPAINTED, device=image.device)
     strip_places = torch.arange(P, device=image.device).repeat_interleave(p)
-    canvas[..., :p, :] = strip.where(strip_places < painted, UNPAINTED)
+    canvas[..., :p, :] = strip.where(strip_places < known, UNPAINTED)
     canvas[..., 2 * p:, :g * p] = image
     return canvas
 
@@ -147,12 +147,15 @@ def paint_gif(model, tokenizer, ids, args, device):
     classes = [label for label in ids for _ in range(args.n)]
     tokens, finished = paint_all(model, tokenizer, classes, args, device)
     image, strip = tokenizer.decode_causal(tokens)
-    frames = [so_far(image, strip, config, k) for k in range(config.num_tokens + 1)]
-    frames.append(so_far(finished, strip, config, config.num_tokens))
     zoom = max(1, 256 // config.image_size // columns)
-    first, *rest = (data.grid_image(frame.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), columns)
-                    for frame in frames)
-    film = dict(save_all=True, append_images=rest, loop=0, duration=[60] * (len(frames) - 2) + [600, 3000])
+
+    def frame(image, known):
+        canvas = so_far(image, strip, tokenizer, known)
+        return data.grid_image(canvas.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), columns)
+
+    first, *rest = (frame(image, known) for known in range(config.num_tokens + 1))
+    rest.append(frame(finished, config.num_tokens))
+    film = dict(save_all=True, append_images=rest, loop=0, duration=[60] * (len(rest) - 1) + [600, 3000])
     if data.rank() == 0:
         data.replace_file(args.paint, lambda file: first.save(file, "GIF", **film))
     return args.paint
@@ -182,7 +185,7 @@ def complete(model, tokenizer, ids, args, device):
         ids, args.cfg_scale = [model.config.num_classes], 1.0           # without a class, nothing to guide to
     _, completed = paint_all(model, tokenizer, ids * (len(originals) * args.n), args, device,
                              tokens[:, :kept].repeat_interleave(args.n, 0))
-    seen = so_far(*tokenizer.decode_causal(tokens), config, kept)
+    seen = so_far(*tokenizer.decode_causal(tokens), tokenizer, kept)
     seen = seen[..., -config.image_size:, :config.image_size]                # without the band of the prefix
     rows = torch.cat([originals[:, None], seen[:, None], completed.unflatten(0, (-1, args.n))], 1)
     return data.grid_image(rows.flatten(0, 1), args.n + 2), "completed.png"
@@ -194,7 +197,7 @@ def reconstruct(tokenizer, args, device):
     tokens = tokenizer.encode(originals)
     causal, final = tokenizer.decode_causal(tokens)[0], tokenizer.decode(tokens)
     for k, (one, two) in enumerate(zip(psnr(causal, originals), psnr(final, originals))):
-        print(f"picture {k}: stage 1 {one:.1f} dB, stage 2 {two:.1f} dB")
+        data.say(f"picture {k}: stage 1 {one:.1f} dB, stage 2 {two:.1f} dB")
     return data.grid_image(torch.stack([originals, causal, final], 1).flatten(0, 1), 3), "reconstructed.png"
 
 # -----------------------------------------------------------------------------
@@ -210,7 +213,8 @@ def parse_args():
     task.add_argument("--reconstruct", metavar="PATH", help="pictures, and what either decoder makes of them")
     task.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py")
     add = parser.add_argument
-    add("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="numbers or names")
+    add("--class", dest="classes", nargs="+", metavar="CLASS", default=[],
+        help="numbers or names; a name wins")
     add("--keep", type=data.from_0_to_1, help="with --image: share of its tokens to keep (0.5)")
     add("--num-images", type=data.positive, help="pictures in the .npz (50,000); rows of --image (8)")
     add("-n", "--n", type=data.positive, default=16, help="pictures of each class, completions of --image, "
@@ -222,14 +226,12 @@ def parse_args():
     add("--top-k", type=data.positive, help="draw from the k likeliest tokens")
     add("--top-p", type=data.from_0_to_1, help="draw from the fewest tokens whose probabilities reach p")
     add("--batch-size", type=data.positive, default=16, help="(%(default)s)")
-    add("--out", default="out", help="folder with tokenizer.pt and ar.pt, or the grid's file name")
+    add("--out", default="out", help="folder with tokenizer.pt and ar.pt (%(default)s)")
     add("--tokenizer", help="tokenizer checkpoint (default: the one in --out, else in weights/)")
     add("--ar", help="AR checkpoint (default: likewise)")
     add("--png", help="the grid's file name (default: in --out, after what it shows)")
     data.add_device_arguments(parser)
     args = parser.parse_args()
-    if args.out.endswith(".png"):
-        args.png, args.out = args.out, "out"
     if bool(args.classes) == bool(args.npz or args.reconstruct) and not args.image:
         parser.error("say what to paint: --class (with --paint, to see it appear), --image (with a --class "
                      "or without), --reconstruct or --npz")
@@ -245,11 +247,13 @@ def parse_args():
 
 def main():
     args = parse_args()
-    automatic, device = args.dtype == "auto", data.start(args)
+    automatic = args.dtype == "auto"
+    device = data.start(args)
     weights = find_weights(args)
     tokenizer = load_tokenizer(weights[0], device)
     if args.reconstruct:
-        subject, picture = args.reconstruct, reconstruct(tokenizer, args, device)
+        subject = args.reconstruct
+        picture, name = reconstruct(tokenizer, args, device)
     else:
         model = load_ar(weights[1], device, tokenizer.config.grid)
         shared = ("codebook_size", "grid", "prefix")
@@ -268,12 +272,13 @@ def main():
         path = paint_gif(model, tokenizer, ids, args, device)
     else:
         if args.image:
-            subject, picture = args.image, complete(model, tokenizer, ids, args, device)
+            subject = args.image
+            picture, name = complete(model, tokenizer, ids, args, device)
         elif args.classes:
-            picture = paint_grid(model, tokenizer, ids, args, device)
-        path = args.png or os.path.join(args.out, picture[1])
-        data.save_picture(path, picture[0])
-    data.say(f"painted {subject} with {', '.join(weights)}: {path}")
+            picture, name = paint_grid(model, tokenizer, ids, args, device)
+        path = args.png or os.path.join(args.out, name)
+        data.save_picture(path, picture)
+    data.say(f"painted {subject} with {weights[0 if args.reconstruct else 1]}: {path}")
 
 if __name__ == "__main__":
     data.run(main)

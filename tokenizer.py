@@ -1,7 +1,7 @@
 """The AliTok tokenizer: a picture to N integers and back (arXiv 2506.05289).
 
 Notable:
-- The encoder writes N = g*g + g + 1 tokens for g x g patches: g + 1 prefix tokens, then one a patch.
+- The encoder writes N = g*g + g + 1 tokens for g x g patches: g + 1 prefix tokens, then one per patch.
 - Stage 1 decodes them causally: patch i is painted from tokens <= i alone, so the gradient penalises a token
   that needs a later one. The first row has no history; the prefix gives it one. The prefix outputs paint a
   strip (the first patch, then the first row), which makes the prefix carry that row.
@@ -71,7 +71,8 @@ PRESETS = {
 # ---- Transformer parts ------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, the earlier ones (`causal`), or those of a boolean mask."""
+    """Multi-head self-attention, (B, T, C) -> (B, T, C): of all tokens, of the earlier ones (`causal`), or of
+    those that a boolean mask (T, T) allows."""
     def __init__(self, width, head_dim):
         super().__init__()
         self.heads = width // head_dim
@@ -168,7 +169,7 @@ class Quantizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
-        self.register_buffer("usage", torch.zeros(config.codebook_size))     # running share of tokens a code
+        self.register_buffer("usage", torch.zeros(config.codebook_size))    # running share of tokens per code
         self.observed = None                                               # what `observe` gathered this step
         nn.init.trunc_normal_(self.codebook, std=0.02 if config.init == "paper" else 0.5)
 
@@ -199,7 +200,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def distances(self, z):
-        """Squared distances of latents (B, N, D) to the codes, but for a constant a latent: (B*N, K)."""
+        """Squared distances of latents (B, N, D) to the codes, but for a constant per latent: (B*N, K)."""
         return self.codebook.pow(2).sum(1) - 2 * z.flatten(0, 1) @ self.codebook.T
 
     @torch.no_grad()
@@ -234,6 +235,7 @@ class Quantizer(nn.Module):
             dist.all_reduce(mine)
             candidate = candidate / mine
         self.usage.lerp_(counts / counts.sum(), 1 - self.DECAY)
+        # CVQ's constants: 10 makes the step from used to unused sharp, 1e-3 keeps alpha below 1
         alpha = torch.exp(-self.usage * len(self.codebook) * 10 / (1 - self.DECAY) - 1e-3)
         self.codebook.lerp_(candidate, alpha[:, None])
 
@@ -366,10 +368,12 @@ def init_weights(model, scheme):
     latent's position to that of its own patch: at first, like attends to like."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            fan_in = 768 if scheme == "paper" else module.weight[0].numel()
-            nn.init.trunc_normal_(module.weight, std=0.02 * (768 / fan_in) ** 0.5)
+            scale = 1 if scheme == "paper" else (768 / module.weight[0].numel()) ** 0.5
+            nn.init.trunc_normal_(module.weight, std=0.02 * scale)
             nn.init.zeros_(module.bias)
-    for module in model.modules() if scheme == "narrow" else ():
+    if scheme == "paper":
+        return
+    for module in model.modules():
         if isinstance(module, PixelHead):
             nn.init.dirac_(module.conv.weight)
         if isinstance(module, Attention):

@@ -35,7 +35,7 @@ def evaluate(model, cache, keys, args, device):
     for span in data.rank_spans(len(keys), 32):
         tokens, classes = (t.to(device) for t in cache.batch(keys[span], args.seed))
         logits = model(tokens[:, :-1], classes).float()
-        loss += F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").double().sum().item()
+        loss += F.cross_entropy(logits.transpose(1, 2), tokens, reduction="sum").item()
         accuracy += (logits.argmax(-1) == tokens).sum().item()
     model.train()
     count = len(keys) * model.config.num_tokens
@@ -63,9 +63,9 @@ def train(model, tokenizer, caches, classes, args, device):
     optimizer = data.adamw(model, lambda name, p: p.ndim > 1 and not name.startswith("embeddings"),
                            args.lr, BETAS, WEIGHT_DECAY)
 
-    def save(path, state, **more):
-        data.save_checkpoint(path, kind="ar", config=asdict(config), model=state, classes=classes,
-                             tokenizer=fingerprint, **more)
+    def save(name, state, **more):
+        data.save_checkpoint(f"{args.out}/{name}", kind="ar", config=asdict(config), model=state,
+                             classes=classes, tokenizer=fingerprint, **more)
 
     start, skipped = 0, 0
     state = data.load_training_state(path, "ar", fixed) if args.resume else None
@@ -84,10 +84,10 @@ def train(model, tokenizer, caches, classes, args, device):
     micro_batches = data.batch_keys(run, n, args, start)
     steps = range(start, args.steps)
     progress = data.progress_bar(steps, run, args.batch_size, initial=start, total=args.steps)
-    last_good = start - 1
+    bad_in_row = 0
     model.train()
     for step in progress:
-        lr = data.learning_rate(step, args.steps, args.warmup, args.lr, args.final_lr)
+        lr = data.learning_rate(step, args.steps, min(args.warmup, args.steps // 4), args.lr, args.final_lr)
         torch.manual_seed(data.generator("dropout", args.seed, step, data.rank()).integers(2 ** 62).item())
         sums = {"loss": 0, "accuracy": 0}
         for micro in range(args.accum):
@@ -108,10 +108,10 @@ def train(model, tokenizer, caches, classes, args, device):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-            last_good = step
+            bad_in_row = 0
         else:
-            skipped += 1
-            data.check_bad_steps(step - last_good, path)
+            skipped, bad_in_row = skipped + 1, bad_in_row + 1
+            data.check_bad_steps(bad_in_row, path)
         optimizer.zero_grad()
 
         done = step + 1
@@ -130,12 +130,12 @@ def train(model, tokenizer, caches, classes, args, device):
                      f"{scores['val_accuracy']:.1%}")
         stop = stop_flag.read(done)
         if stop or done % args.save_every == 0 or done == args.steps:
-            save(path, model.state_dict(), optimizer=optimizer.state_dict(), step=done, skipped=skipped,
-                 fixed=fixed)
+            save("ar_state.pt", model.state_dict(), optimizer=optimizer.state_dict(), step=done,
+                 skipped=skipped, fixed=fixed)
         if stop:
             data.say(f"stopped by signal {stop} at step {done}; --resume goes on from there")
             raise SystemExit(128 + stop)
-    save(f"{args.out}/ar.pt", data.in_dtype(model.state_dict(), args.save_dtype))
+    save("ar.pt", data.in_dtype(model.state_dict(), args.save_dtype))
     data.say(f"wrote {args.out}/ar.pt; next: python sample.py --class 0, with the same --out")
 
 def parse_args():

@@ -7,7 +7,7 @@ A stage is a list of phases, each with its learning rate and losses (RECIPES). O
 Writes to --out: tokenizer_stage1.pt and tokenizer_stage2.pt (training states, --resume goes on from them),
 tokenizer.pt (the finished model of the last stage), log.jsonl, pictures/.
 """
-import os
+import itertools
 from dataclasses import asdict, fields, replace
 from typing import NamedTuple
 
@@ -50,24 +50,22 @@ RECIPES = {
         batch_size=384, warmup=10_000, betas=(0.9, 0.95), quantize=(0.0, 0.0), discriminator=128,
         stages=[PAPER, [PAPER[0], PAPER[1]._replace(steps=150_000), PAPER[2]]]),
 }
-DISCRIMINATOR_WEIGHT = 0.1
+STRIP_WEIGHT, DISCRIMINATOR_WEIGHT = 10, 0.1                                 # the paper's
 
 def plan(phases, steps, lr_scale, perceptual):
     """The phases of a stage, stretched to `steps`, rates scaled, with perceptual losses or without."""
-    total, done, planned = sum(phase.steps for phase in phases), 0, []
-    for phase in phases:
-        end = round((done + phase.steps) * steps / total)
-        phase_steps = end - sum(p.steps for p in planned)
-        if not phase_steps:
+    totals = list(itertools.accumulate(phase.steps for phase in phases))
+    ends, planned = [round(total * steps / totals[-1]) for total in totals], []
+    for phase, start, end in zip(phases, [0, *ends], ends):
+        if start == end:
             raise InputError(f"{steps} steps are too few for {len(phases)} phases; give --steps more")
-        done += phase.steps
         planned.append(phase._replace(
-            steps=phase_steps, lr=phase.lr * lr_scale, final_lr=phase.final_lr * lr_scale,
+            steps=end - start, lr=phase.lr * lr_scale, final_lr=phase.final_lr * lr_scale,
             perceptual=phase.perceptual * perceptual, lpips=phase.lpips * perceptual))
     return planned
 
 def phase_at(phases, step):
-    """-> the phase that `step` belongs to and the step's place in it."""
+    """-> the phase that `step` belongs to, and its number within the phase."""
     for phase in phases:
         if step < phase.steps:
             return phase, step
@@ -103,11 +101,11 @@ class Discriminator(nn.Module):
         return self.to_logits(F.adaptive_max_pool2d(x, (min(16, x.shape[2]), min(16, x.shape[3]))))
 
 def hinge_loss(real, painted):
-    """The discriminator's loss on logits of real and painted images; averaging the two is ours."""
+    """The discriminator's loss on logits (B, 1, h, w) of real and painted images; their mean is ours."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + painted.float()).mean()) / 2
 
 def perceptual_loss(convnext, painted, images):
-    """Mean squared difference of ImageNet logits; the true image's need no gradient."""
+    """Mean squared difference of the ImageNet logits of images (B, 3, H, W); true ones need no gradient."""
     with torch.no_grad():
         target = convnext(images)
     return F.mse_loss(convnext(painted).float(), target.float())
@@ -115,7 +113,7 @@ def perceptual_loss(convnext, painted, images):
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, val, args, device, picture):
+def evaluate(model, val, args, device, picture_path):
     """Judge reconstructions of --eval-images validation images, and draw eight of them. -> {"val_psnr": mean
     PSNR in dB, "val_codes": how many codes occur}"""
     model.eval()
@@ -132,14 +130,14 @@ def evaluate(model, val, args, device, picture):
     shown = data.generator("shown").integers(len(val), size=8)
     images = data.to_float(torch.stack([val.read(0, int(index))[0] for index in shown]), device)
     painted = model.decode(model.encode(images))
-    data.save_picture(picture, data.grid_image(torch.cat([images, painted]), len(images)))
+    data.save_picture(picture_path, data.grid_image(torch.cat([images, painted]), len(images)))
     model.train()
     return {"val_psnr": total / len(indices), "val_codes": sum(count > 0 for count in counts)}
 
 # ---- One stage -----------------------------------------------------------------------------------
 
 def encoder_learns(model):
-    """Whether any gradient reaches the encoder. A quantizer without a straight-through gradient lets none pass."""
+    """Whether any gradient reaches the encoder; a quantizer that is not straight-through lets none pass."""
     return any(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
 
 def train_stage(model, train, val, args, judges, stop_flag, device):
@@ -148,7 +146,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     run, path = f"tokenizer stage {stage}", f"{args.out}/tokenizer_stage{stage}.pt"
     phases, steps = args.phases[stage - 1], args.steps[stage - 1]
     fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judges"]} | asdict(config)
-    strip_weight = 10 * (config.grid + 1) / config.grid ** 2
+    fixed["files"] = train.files
+    strip_weight = STRIP_WEIGHT * (config.grid + 1) / config.grid ** 2       # by the strip's share of patches
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     discriminator = Discriminator(args.discriminator).to(device)
     optimizer, disc_optimizer = (
@@ -165,7 +164,9 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     if start == steps:
         return
     if args.grad_checkpoint:
-        data.checkpoint_blocks(model.decoder.blocks, model.encoder.blocks if stage == 1 else [])
+        data.checkpoint_blocks(model.decoder.blocks)
+        if stage == 1:
+            data.checkpoint_blocks(model.encoder.blocks)
     if args.compile:
         model.encoder.compile()
         model.decoder.compile()
@@ -173,16 +174,16 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     batches = data.batches(train.read, data.batch_keys(run, len(train), args, start), args.workers)
     progress = data.progress_bar(range(start, steps), run, args.batch_size, initial=start, total=steps)
-    last_good = start - 1
+    bad_in_row = {model: 0, discriminator: 0}
     model.train()
     for step in progress:
-        phase, place = phase_at(phases, step)
-        warmup = min(args.warmup, steps // 10) if step == place else 0       # in the first phase only
-        lr = data.learning_rate(place, phase.steps, warmup, phase.lr, phase.final_lr)
+        phase, phase_step = phase_at(phases, step)
+        warmup = min(args.warmup, steps // 10) if phase is phases[0] else 0
+        lr = data.learning_rate(phase_step, phase.steps, warmup, phase.lr, phase.final_lr)
         quantized = quantized_share(step / steps, *args.quantize) if stage == 1 else 1.0
 
         # In a GAN phase, discriminator and tokenizer learn from alternate batches.
-        if phase.gan and place % 2 == 0:
+        if phase.gan and phase_step % 2 == 0:
             net, ddp_net, active = discriminator, ddp_discriminator, disc_optimizer
         else:
             net, ddp_net, active = model, ddp_model, optimizer
@@ -221,21 +222,21 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             (loss / args.accum).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / args.accum
-        losses = losses | sums if place else sums                  # of a GAN phase, the latest of either turn
+        losses = losses | sums if phase_step else sums     # for the log: also what the other network had last
 
-        if stage == 1 and net is model and not encoder_learns(model):
-            raise RuntimeError("no gradient reaches the encoder: does Quantizer.forward pass it on?")
         norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         if norm.isfinite():
+            if stage == 1 and net is model and not encoder_learns(model):
+                raise RuntimeError("no gradient reaches the encoder: does Quantizer.forward pass it on?")
             for group in active.param_groups:
                 group["lr"] = lr
             active.step()
-            last_good = step
+            bad_in_row[net] = 0
         else:
-            skipped += 1
-            data.check_bad_steps(step - last_good, path)
+            skipped, bad_in_row[net] = skipped + 1, bad_in_row[net] + 1
+            data.check_bad_steps(bad_in_row[net], path)
         if stage == 1 and net is model:
-            model.quantizer.after_step(last_good == step)
+            model.quantizer.after_step(stepped=bad_in_row[net] == 0)
         active.zero_grad()
 
         done = step + 1
@@ -244,16 +245,16 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             log.write(done, phase=phase.name, **means, lr=lr, skipped=skipped)
             progress.set_postfix(means, phase=phase.name, skipped=skipped)
         if done % args.eval_every == 0 or done == steps:
-            picture = f"{args.out}/pictures/tokenizer_stage{stage}_{done:06d}.png"
-            scores = evaluate(model, val, args, device, picture)
+            picture_path = f"{args.out}/pictures/tokenizer_stage{stage}_{done:06d}.png"
+            scores = evaluate(model, val, args, device, picture_path)
             log.write(done, **scores)
             data.say(f"{run}, step {done}: validation PSNR {scores['val_psnr']:.2f} dB, "
                      f"{scores['val_codes']} of {config.codebook_size} codes")
         stop = stop_flag.read(done)
         if stop or done % args.save_every == 0 or done == steps:
             data.save_checkpoint(
-                path, kind="tokenizer", config=asdict(config), classes=train.classes, fixed=fixed, step=done,
-                skipped=skipped, losses=data.mean_over_ranks(losses),
+                path, kind="tokenizer", config=asdict(config), fixed=fixed, step=done, skipped=skipped,
+                losses=data.mean_over_ranks(losses),
                 **{name: part.state_dict() for name, part in parts.items()})
         if stop:
             data.say(f"stopped by signal {stop} at step {done} of {run}; --resume goes on from there")
@@ -297,8 +298,8 @@ def main():
     train, val = data.open_data(args, config.image_size)
     stages = [1, 2] if args.stage == "both" else [int(args.stage)]
     if not args.resume:
-        names = [f"tokenizer_stage{stage}.pt" for stage in stages] + ["tokenizer.pt"] * (1 in stages)
-        data.refuse_overwrite(f"{args.out}/{name}" for name in names)
+        names = ["tokenizer_stage1.pt", "tokenizer_stage2.pt", "tokenizer.pt"]
+        data.refuse_overwrite(f"{args.out}/{name}" for name in (names if 1 in stages else names[1:2]))
     judges, args.judges = {}, "none"
     if any(phase.perceptual or phase.lpips for phase in phases):
         judges = load_judges(args.vision_weights, device)
@@ -306,16 +307,14 @@ def main():
 
     def save_model():
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
-                             model=data.in_dtype(model.state_dict(), args.save_dtype), classes=train.classes,
-                             perceptual=args.judges)
+                             model=data.in_dtype(model.state_dict(), args.save_dtype), perceptual=args.judges)
 
     stop_flag = data.StopFlag()
     if 1 in stages:
         torch.manual_seed(args.seed)
         model = Tokenizer(config).to(device)
         train_stage(model, train, val, args, judges, stop_flag, device)
-        if not os.path.exists(f"{args.out}/tokenizer_stage2.pt"):
-            save_model()
+        save_model()
     else:
         model = load_tokenizer(f"{args.out}/tokenizer.pt", device)
         if replace(model.config, decoder=config.decoder) != config:

@@ -126,11 +126,12 @@ UNPAINTED = 0.85                 # grey
 
 def so_far(image, strip, tokenizer, known):
     """A picture of which the first `known` tokens are there: the prefix strip in a band of its own over the
-    image. image (B, 3, H, W) and strip (B, 3, p, P*p), of the causal decoder -> (B, 3, H + 2p, W + p); the rest
-    is grey. Without prefix tokens strip is None and there is no such band: (B, 3, H, W)."""
+    image. image (B, 3, H, W) and strip (B, 3, p, P*p), of the causal decoder -> (B, 3, H + 2p, W + p); the
+    rest is grey. Without prefix tokens strip is None and there is no such band: (B, 3, H, W)."""
     config = tokenizer.config
     g, p, P = config.grid, config.patch_size, config.prefix_tokens
-    places = tokenizer.decoder.place.view(g, g).repeat_interleave(p, 0).repeat_interleave(p, 1)  # of each pixel
+    places = tokenizer.decoder.place.view(g, g)              # of the token that paints each patch, then pixel
+    places = places.repeat_interleave(p, 0).repeat_interleave(p, 1)
     image = image.where(places < known, UNPAINTED)
     if not P:
         return image
@@ -191,8 +192,8 @@ def complete(model, tokenizer, ids, args, device):
     return data.grid_image(rows.flatten(0, 1), args.n + 2), "completed.png"
 
 def reconstruct(tokenizer, args, device):
-    """--reconstruct: -n pictures, and their PSNR in dB. -> a grid and its file name. A row
-    is a picture: the original, by stage 1, by stage 2."""
+    """--reconstruct: -n pictures, and their PSNR in dB. -> a grid and its file name. A row is a picture: the
+    original, by stage 1, by stage 2."""
     originals = read_pictures(args.reconstruct, tokenizer.config.image_size, args.n).to(device)
     tokens = tokenizer.encode(originals)
     causal, final = tokenizer.decode_causal(tokens)[0], tokenizer.decode(tokens)

@@ -175,7 +175,7 @@ class Quantizer(nn.Module):
 
     def forward(self, z, blend=1.0):
         """Latents (B, N, D) -> quantized latents (B, N, D), tokens (B, N) int64, quantizer loss (scalar).
-        blend: 0 passes the latents as they are, 1 quantizes them; a recipe may start training in between."""
+        blend: 0 passes the latents unquantized, 1 quantizes them; a recipe may start training in between."""
         with torch.autocast(z.device.type, enabled=False):    # distances need float32
             z = z.float()
             distances = self.distances(z)
@@ -440,6 +440,9 @@ def load_tokenizer(path, device="cpu"):
     model, state = Tokenizer(TokenizerConfig(**saved["config"])), saved["model"]
     for name, value in (saved.get("causal_decoder") or {}).items():          # where files kept it before
         state[f"causal_decoder.{name}"] = value
+    order = generation_order(model.config.grid).tolist()
+    if saved.get("order", sorted(order)) != order:            # files without one have raster order
+        raise InputError(f"the tokens of {path} have another order than generation_order says")
     if "causal_decoder.positions" in state:
         model.causal_decoder = Decoder(replace(model.config, decoder="causal"))
     load_weights(model, state, path)

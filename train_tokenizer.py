@@ -146,7 +146,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     run, path = f"tokenizer stage {stage}", f"{args.out}/tokenizer_stage{stage}.pt"
     phases, steps = args.phases[stage - 1], args.steps[stage - 1]
     fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judges"]} | asdict(config)
-    fixed["files"] = train.files
+    order = data.generation_order(config.grid).tolist()
+    fixed |= {"files": train.files, "order": order}
     strip_weight = STRIP_WEIGHT * (config.grid + 1) / config.grid ** 2       # by the strip's share of patches
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     discriminator = Discriminator(args.discriminator).to(device)
@@ -253,8 +254,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         stop = stop_flag.read(done)
         if stop or done % args.save_every == 0 or done == steps:
             data.save_checkpoint(
-                path, kind="tokenizer", config=asdict(config), fixed=fixed, step=done, skipped=skipped,
-                losses=data.mean_over_ranks(losses),
+                path, kind="tokenizer", config=asdict(config), order=order, fixed=fixed, step=done,
+                skipped=skipped, losses=data.mean_over_ranks(losses),
                 **{name: part.state_dict() for name, part in parts.items()})
         if stop:
             data.say(f"stopped by signal {stop} at step {done} of {run}; --resume goes on from there")
@@ -307,7 +308,8 @@ def main():
 
     def save_model():
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
-                             model=data.in_dtype(model.state_dict(), args.save_dtype), perceptual=args.judges)
+                             model=data.in_dtype(model.state_dict(), args.save_dtype), perceptual=args.judges,
+                             order=data.generation_order(config.grid).tolist())
 
     stop_flag = data.StopFlag()
     if 1 in stages:

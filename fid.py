@@ -531,9 +531,7 @@ def main():
         scores = tokenizer_metrics(tokenizer, images, net, device, args)
     else:
         sets = [load_statistics(path, net, device, args) for path in paths]
-        scores = compare(sets[0], sets[-1], net)
-        if not args.samples:
-            scores = {"IS": scores["IS"]}
+        scores = compare(*sets, net) if args.samples else {"IS": compare({}, *sets, net)["IS"]}
         scores["images"] = [len(each["pool"]) if "pool" in each else None for each in sets]
     if data.rank() > 0:
         return

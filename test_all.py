@@ -218,7 +218,7 @@ def test_token_cache_resumes_and_refuses(tmp_path):
     whole = np.array(data.TokenCache(folder, shapes, model, CPU).tokens)
     images = torch.stack([shapes.read(0, k)[0] for k in range(100)]) / 255
     assert np.array_equal(whole[:, 0], model.encode(images))
-    tokens = np.load(folder / "tokens.npy", mmap_mode="r+")
+    tokens = np.load(folder / "tokens.npy", mmap_mode="r+", allow_pickle=False)
     tokens[10:60], tokens[80, 0, 5:] = data.UNWRITTEN, data.UNWRITTEN        # as a kill leaves it
     tokens.flush()
     note = folder / "cache.json"
@@ -933,7 +933,7 @@ def test_npz_of_every_class_resumes(trained, tmp_path):
             done = next((name for name in tmp_path.glob("*.done.npy") if name.stat().st_size > 1000), None)
             time.sleep(0.01)
         process.kill()
-    assert 0 < np.load(done).sum() < 1000 and not path.exists()
+    assert 0 < np.load(done, allow_pickle=False).sum() < 1000 and not path.exists()
     must(sample, words, "100")
     images = np.load(path, allow_pickle=False)["arr_0"]
     assert images.shape == (1000, 32, 32, 3) and images.dtype == np.uint8 and not list(tmp_path.glob("*.npy"))
@@ -953,7 +953,7 @@ def test_npz_folder_and_statistics_give_the_same_numbers(tmp_path, inception):
         Image.fromarray(image).save(tmp_path / "b" / str(k // 4) / "deep" / f"{k}.png")
     one, two = judge("b.npz", "--batch-size 4"), judge("b", f"--save-stats {tmp_path}/stats.npz")
     assert one["images"] == [8, 10] and one["inception"] == data.file_digest(inception)[:8]
-    stats = dict(np.load(tmp_path / "stats.npz"))
+    stats = dict(np.load(tmp_path / "stats.npz", allow_pickle=False))
     np.savez(tmp_path / "both.npz", arr_0=images[4:], **{**stats, "mu": stats["mu"] + 1})
     stats, both = judge("stats.npz"), judge("both.npz")
     for name in ("FID", "sFID", "IS", "precision", "recall"):

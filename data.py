@@ -207,14 +207,16 @@ class ImageFolder:
 
     def open(self, index):
         """The picture at `index`; if it is unreadable and skip_bad, the next readable one of its class."""
-        same = np.flatnonzero(self.labels == self.labels[index]) if self.skip_bad else [index]
-        for other in np.roll(same, -np.searchsorted(same, index)):
-            try:
+        try:
+            return read_image(self.paths[index])
+        except InputError as error:
+            if not self.skip_bad:
+                raise InputError(f"{error}, or train with --skip-bad-images") from None
+            warnings.warn(f"skipped: {error}", stacklevel=2)                 # once per picture
+        same = np.flatnonzero(self.labels == self.labels[index])
+        for other in np.roll(same, -np.searchsorted(same, index))[1:]:
+            with contextlib.suppress(InputError):
                 return read_image(self.paths[other])
-            except InputError as error:
-                if not self.skip_bad:
-                    raise InputError(f"{error}, or train with --skip-bad-images") from None
-                warnings.warn(f"skipped: {error}", stacklevel=2)             # once a picture
         raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.folder}")
 
     def read(self, epoch, index):
@@ -232,7 +234,8 @@ def list_folder(folder):
     """-> sorted class names, list of (path, class id) in a fixed order. InputError for an empty class."""
     if not os.path.isdir(folder):
         raise InputError(f"no such folder: {folder} (--data takes 'shapes' or a folder of class folders)")
-    classes = sorted(name for name in next(os.walk(folder))[1] if not name.startswith("."))
+    classes = sorted(entry.name for entry in os.scandir(folder)
+                     if entry.is_dir() and not entry.name.startswith("."))
     files = []
     for label, name in enumerate(classes):
         paths = image_files(os.path.join(folder, name))

@@ -1223,7 +1223,7 @@ def look_inside(folder, count=256):
     values, log = {}, folder / "log.jsonl"
     for entry in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
         values |= {f"{entry['run']} {name}": entry[name] for name in entry if name.startswith("val_")}
-    if not (folder / "ar.pt").exists():
+    if not (folder / "ar.pt").exists() or not (folder / "tokenizer.pt").exists():
         return values
     tokenizer, model, losses = load_tokenizer(folder / "tokenizer.pt"), load_ar(folder / "ar.pt"), []
     for k, images in enumerate((true_pictures("val", tokenizer.config.image_size, count) / 255).split(32)):

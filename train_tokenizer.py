@@ -64,13 +64,6 @@ def plan(phases, steps, lr_scale, perceptual):
             perceptual=phase.perceptual * perceptual, lpips=phase.lpips * perceptual))
     return planned
 
-def phase_at(phases, step):
-    """-> the phase that `step` belongs to, and its number within the phase."""
-    for phase in phases:
-        if step < phase.steps:
-            return phase, step
-        step -= phase.steps
-
 def quantized_share(progress, start, end):
     """Share of quantization at this share of stage 1: 0 until `start`, 1 from `end` on."""
     return min(1.0, max(0.0, (progress - start) / (end - start))) if end > start else 1.0
@@ -145,6 +138,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     stage, config = model.stage, model.config
     run, path = f"tokenizer stage {stage}", f"{args.out}/tokenizer_stage{stage}.pt"
     phases, steps = args.phases[stage - 1], args.steps[stage - 1]
+    schedule = [(phase, phase_step) for phase in phases for phase_step in range(phase.steps)]
     fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judges"]} | asdict(config)
     order = data.generation_order(config.grid).tolist()
     fixed |= {"files": train.files, "order": order}
@@ -178,7 +172,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     bad_in_row = {model: 0, discriminator: 0}
     model.train()
     for step in progress:
-        phase, phase_step = phase_at(phases, step)
+        phase, phase_step = schedule[step]
         warmup = min(args.warmup, steps // 10) if phase is phases[0] else 0
         lr = data.learning_rate(phase_step, phase.steps, warmup, phase.lr, phase.final_lr)
         quantized = quantized_share(step / steps, *args.quantize) if stage == 1 else 1.0

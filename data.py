@@ -721,7 +721,7 @@ def load_training_state(path, kind, fixed):
     if over_ranks([step])[0] != step * world_size():
         raise InputError(f"ranks see different contents in {path}; --out must be one folder for all of them")
     if state:
-        refuse_changes(f"{path} was trained with other settings", state["fixed"], fixed,
+        refuse_changes(f"{path} was trained with other settings", state.get("fixed", {}), fixed,
                        "resume with the old ones, or start anew in another --out")
     else:
         say(f"no training state at {path} yet: starting at the first step")

@@ -452,6 +452,8 @@ def number(kind, low, high=math.inf):
 
 HelpFormatter = argparse.RawDescriptionHelpFormatter
 positive, natural = number(int, 1), number(int, 0)
+DEVICE = dict(choices=["auto", "cpu", "cuda", "mps"], default="auto")
+WORKERS = dict(type=natural, help="reading processes per rank (8 with a GPU, else 0)")
 above_zero, at_least_zero, from_0_to_1 = number(float, 1e-12), number(float, 0), number(float, 0, 1)
 
 def preset_parser(doc, presets, *arguments):
@@ -481,6 +483,7 @@ def add_run_arguments(parser):
     add("--eval-every", type=positive, default=500, help="steps between evaluations (%(default)s)")
     add("--eval-images", type=positive, default=256, help="pictures an evaluation looks at (%(default)s)")
     add("--save-every", type=positive, default=500, help="steps between saves (%(default)s)")
+    add("--workers", **WORKERS)
     add("--skip-bad-images", action="store_true", help="the next readable image replaces an unreadable one")
     add("--save-dtype", choices=["float32", "float16"], default="float32", help="of the finished model")
     add("--grad-checkpoint", action="store_true", help="save memory: compute activations twice")
@@ -488,10 +491,9 @@ def add_run_arguments(parser):
 
 def add_device_arguments(parser):
     add = parser.add_argument
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--device", **DEVICE)
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the matrix work; auto is bfloat16 where the hardware is fast at it")
-    add("--workers", type=natural, help="reading processes a rank (8 with a GPU, else 0)")
     add("--no-compile", dest="compile", action="store_false", help="do without torch.compile on a GPU")
 
 # What decides the result, so that a resumed run must not change it.
@@ -540,7 +542,7 @@ def start(args):
                          f"{args.accum} micro-batches; choose --batch-size as a multiple of {parts}")
     on_gpu = device.type == "cuda"
     args.compile = args.compile and on_gpu
-    if args.workers is None:
+    if "workers" in args and args.workers is None:
         args.workers = 8 if on_gpu else 0
     if args.dtype == "auto":
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else

@@ -504,7 +504,9 @@ def parse_args():
     add("--save-stats", metavar="NPZ", help="write mu, sigma, mu_s and sigma_s of the last argument")
     add("--inception", metavar="PATH", help="weights file (downloaded once), or 'random', for trials")
     add("--batch-size", type=data.positive, default=64, help="(%(default)s)")
-    data.add_device_arguments(parser)
+    add("--workers", **data.WORKERS)
+    add("--device", **data.DEVICE)
+    parser.set_defaults(dtype="float32", compile=False)      # published figures are of float32
     args = parser.parse_args()
     if bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
         parser.error("name one or two sets of images, or --tokenizer and --data")
@@ -520,7 +522,7 @@ def main():
         if not os.path.exists(path):
             raise InputError(f"no such file or folder: {path}")
     device = data.start(args)
-    torch.backends.cudnn.allow_tf32 = False   # published figures are of float32
+    torch.backends.cudnn.allow_tf32 = False
     torch.set_grad_enabled(False)
     net = load_inception(args.inception, device)
     if args.tokenizer:

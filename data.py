@@ -233,7 +233,7 @@ class ImageFolder:
 def list_folder(folder):
     """-> sorted class names, list of (path, class id) in a fixed order. InputError for an empty class."""
     if not os.path.isdir(folder):
-        raise InputError(f"no such folder: {folder} (--data takes 'shapes' or a folder of class folders)")
+        raise InputError(f"no such folder: {folder} (it must be 'shapes' or a folder of class folders)")
     classes = sorted(entry.name for entry in os.scandir(folder)
                      if entry.is_dir() and not entry.name.startswith("."))
     files = []
@@ -357,7 +357,7 @@ class TokenCache:
             with open(self.note) as file:
                 saved = dict(json.load(file))
             self.tokens = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, TypeError, EOFError):
+        except (ValueError, TypeError, EOFError, FileNotFoundError):
             self.refuse()
         refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
                        "delete the folder to build it anew, or name another with --cache")
@@ -475,11 +475,11 @@ def add_run_arguments(parser):
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
-    add("--lr", type=above_zero, help="peak, of the first phase; others scale with it (%(default)s)")
+    add("--lr", type=above_zero, help="peak learning rate; later phases scale with it (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup (%(default)s)")
     add("--clip", type=above_zero, default=1.0, help="largest gradient norm (%(default)s)")
     add("--seed", type=natural, default=0)
-    add("--num-pictures", type=positive, default=50_000, help="size of the built-in set (%(default)s)")
+    add("--num-pictures", type=positive, default=50_000, help="of the built-in set (%(default)s)")
     add("--eval-every", type=positive, default=500, help="steps between evaluations (%(default)s)")
     add("--eval-images", type=positive, default=256, help="pictures an evaluation looks at (%(default)s)")
     add("--save-every", type=positive, default=500, help="steps between saves (%(default)s)")
@@ -551,7 +551,7 @@ def start(args):
     return device
 
 def over_ranks(values, operation=dist.ReduceOp.SUM):
-    """A list of numbers, summed (or whatever) over ranks. Waits for the other processes, not for GPUs."""
+    """A list of numbers, summed (or otherwise reduced) over ranks. Waits for the processes, not for GPUs."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)

@@ -51,7 +51,10 @@ def find_weights(name, place=None):
     address, digest = WEIGHTS[name]
     file_name = os.path.basename(address)
     if place:
-        return os.path.join(place, file_name) if os.path.isdir(place) else place
+        path = os.path.join(place, file_name) if os.path.isdir(place) else place
+        if not os.path.isfile(path):
+            raise InputError(f"no such file: {path}; it is published at {address}")
+        return path
     path = os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
     if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.exists(path):
         try:

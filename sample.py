@@ -28,8 +28,9 @@ from tokenizer import load_tokenizer
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 SAMPLING = ("cfg_scale", "cfg_power", "temperature", "top_k", "top_p")       # arguments of ARModel.generate
 
-def find_weights(args):
-    """Paths of tokenizer and AR model: as given, else those in --out, else the demo pair in weights/."""
+def find_models(args):
+    """Paths of tokenizer and AR model: as given, else in --out; the demo pair if neither is named and the
+    default --out has none."""
     names, folder = ("tokenizer.pt", "ar.pt"), args.out
     given = args.tokenizer or args.ar
     if folder == "out" and not given and not any(os.path.exists(f"out/{name}") for name in names):
@@ -54,7 +55,7 @@ def paint(model, tokenizer, pictures, args, device, kept=None):
     """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or
     None. Yields, batch by batch, numbers (list), tokens (B, N) int64, images (B, 3, H, W) uint8."""
     share = -(-len(pictures) // data.world_size())
-    mine = pictures[data.rank() * share:(data.rank() + 1) * share]           # in one piece: pages of its own
+    mine = pictures[data.rank() * share:(data.rank() + 1) * share]       # in one piece: file pages of its own
     sampling = {name: getattr(args, name) for name in SAMPLING}
     compiled = args.compile and len(mine) >= 8 * args.batch_size             # ours: compiling takes a minute
     for at in data.progress_bar(range(0, len(mine), args.batch_size), "painting", args.batch_size):
@@ -228,16 +229,19 @@ def parse_args():
     add("--top-p", type=data.from_0_to_1, help="draw from the fewest tokens whose probabilities reach p")
     add("--batch-size", type=data.positive, default=16, help="(%(default)s)")
     add("--out", default="out", help="folder with tokenizer.pt and ar.pt (%(default)s)")
-    add("--tokenizer", help="tokenizer checkpoint (default: the one in --out, else in weights/)")
-    add("--ar", help="AR checkpoint (default: likewise)")
+    add("--tokenizer", help="tokenizer checkpoint (in --out, or the demo's if there is no model)")
+    add("--ar", help="AR checkpoint (likewise)")
     add("--png", help="the grid's file name (default: in --out, after what it shows)")
     data.add_device_arguments(parser)
     args = parser.parse_args()
-    if bool(args.classes) == bool(args.npz or args.reconstruct) and not args.image:
+    needs_class = not (args.npz or args.reconstruct)
+    if needs_class != bool(args.classes) and not args.image:
         parser.error("say what to paint: --class (with --paint, to see it appear), --image (with a --class "
                      "or without), --reconstruct or --npz")
     if args.image and len(args.classes) > 1 or args.keep is not None and not args.image:
         parser.error("--image takes one --class at most, and --keep goes with --image")
+    if args.png and (args.paint or args.npz):
+        parser.error("--png names the file of a grid; --paint and --npz name their own")
     args.keep = 0.5 if args.keep is None else args.keep
     args.num_images = args.num_images or (50_000 if args.npz else 8)
     for flag, suffix in (("png", ".png"), ("paint", ".gif"), ("npz", ".npz")):
@@ -248,10 +252,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    automatic = args.dtype == "auto"
+    dtype_is_auto = args.dtype == "auto"
     device = data.start(args)
-    weights = find_weights(args)
+    weights = find_models(args)
     tokenizer = load_tokenizer(weights[0], device)
+    if args.paint or args.image:
+        tokenizer.stage1_decoder()            # refuses before the work
     if args.reconstruct:
         subject = args.reconstruct
         picture, name = reconstruct(tokenizer, args, device)
@@ -261,7 +267,7 @@ def main():
         if (any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in shared)
                 or model.tokenizer not in (None, tokenizer.fingerprint())):
             raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
-        if automatic and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
+        if dtype_is_auto and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
             args.dtype = "float32"
         if args.dtype == "bfloat16":
             model.to_bfloat16()

@@ -118,8 +118,9 @@ def learned(count, width):
 # ---- Encoder: picture -> latents --------------------------------------------------------------------
 
 def own_patches(config):
-    """The patch (row * g + column) that each latent paints, (N,): by the prefix the first patch, then the
-    first g patches; by the image tokens every patch in the order of generation."""
+    """For each of the N latents the patch that it paints, as row * g + column. Prefix: the first patch, then
+    the first g in the order of generation (by default the first row). Image tokens: every patch, in that
+    order."""
     order = generation_order(config.grid)
     return torch.cat([order[:1], order[:config.grid], order]) if config.prefix else order
 
@@ -175,12 +176,13 @@ class Quantizer(nn.Module):
 
     def forward(self, z, blend=1.0):
         """Latents (B, N, D) -> quantized latents (B, N, D), tokens (B, N) int64, quantizer loss (scalar).
-        blend: 0 passes the latents unquantized, 1 quantizes them; a recipe may start training in between."""
+        blend: 0 passes the latents unquantized, 1 quantizes them; in between, a mixture of the two."""
         with torch.autocast(z.device.type, enabled=False):    # distances need float32
             z = z.float()
             distances = self.distances(z)
             tokens = distances.argmin(1).view(z.shape[:2])
             codes = self.codes(tokens)
+            # Codes always follow the latents; latents are held to codes as far as the decoder sees codes.
             loss = F.mse_loss(codes, z.detach()) + blend * self.COMMITMENT * F.mse_loss(z, codes.detach())
             if self.training and torch.is_grad_enabled():
                 self.observe(z.detach().flatten(0, 1), tokens.flatten(), distances)
@@ -333,12 +335,16 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode_causal(self, tokens):
-        """By stage 1's decoder: tokens (B, N) -> images (B, 3, H, W), strip. InputError if there is none."""
+        """By stage 1's decoder: tokens (B, N) -> images (B, 3, H, W) and strip, see `Decoder`."""
+        return self.stage1_decoder()(self.quantizer.codes(tokens))
+
+    def stage1_decoder(self):
+        """InputError when there is none, as in the released file."""
         decoder = self.decoder if self.decoder.causal else self.causal_decoder
         if decoder is None:
             raise InputError("this tokenizer keeps no causal decoder to paint token by token; name one that "
                              "train_tokenizer.py made, without --decoder bidirectional")
-        return decoder(self.quantizer.codes(tokens))
+        return decoder
 
     def swap_decoder(self):
         """Stage 2: a new bidirectional decoder. Encoder and codebook are frozen, so token ids stay."""
@@ -357,15 +363,16 @@ class Tokenizer(nn.Module):
         for name, value in sorted(tensors.items()):
             digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
         order = generation_order(self.config.grid)
-        if not order.equal(torch.arange(len(order))):       # files older than this function have raster order
+        if not order.equal(torch.arange(len(order))):         # raster order adds nothing
             digest.update(order.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 def init_weights(model, scheme):
     """paper: truncated normal 0.02 for linear and conv weights, biases zero. narrow (ours, for small models
-    in few steps): the same signal at any width. The last convolution starts as the identity; from 0.02 it is
-    close to singular, and a small model paints in grey for thousands of steps. Queries start equal to keys, a
-    latent's position to that of its own patch: at first, like attends to like."""
+    in few steps): a narrow layer gets larger weights, so that its outputs are as large as those of a layer
+    768 wide. The last convolution starts as the identity; from 0.02 it is close to singular, and a small
+    model paints in grey for thousands of steps. Queries start equal to keys, and a latent gets the position
+    of its own patch, so that it attends to that patch first."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             scale = 1 if scheme == "paper" else (768 / module.weight[0].numel()) ** 0.5

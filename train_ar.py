@@ -29,7 +29,8 @@ def drop_classes(classes, keys, probability, seed, n, null):
 
 @torch.no_grad()
 def evaluate(model, cache, keys, args, device):
-    """-> of the images at `keys` of a cache {"loss": nats a token, "accuracy": share of likeliest tokens}."""
+    """Judge the model on the images at `keys` of a cache -> {"loss": nats per token, "accuracy": share of
+    tokens that are the likeliest}."""
     model.eval()
     loss = accuracy = 0.0
     for span in data.rank_spans(len(keys), 32):
@@ -87,7 +88,9 @@ def train(model, tokenizer, caches, classes, args, device):
     bad_in_row = 0
     model.train()
     for step in progress:
-        lr = data.learning_rate(step, args.steps, min(args.warmup, args.steps // 4), args.lr, args.final_lr)
+        warmup = min(args.warmup, args.steps // 4)                           # for short runs, ours
+        lr = data.learning_rate(step, args.steps, warmup, args.lr, args.final_lr)
+        # Dropout follows from (seed, step, rank), so that a resumed run repeats it.
         torch.manual_seed(data.generator("dropout", args.seed, step, data.rank()).integers(2 ** 62).item())
         sums = {"loss": 0, "accuracy": 0}
         for micro in range(args.accum):
@@ -156,7 +159,7 @@ def parse_args():
     preset = PRESETS[args.preset]
     head_dim = preset["width"] // preset["heads"]
     if args.width % head_dim:
-        parser.error(f"--width is a multiple of {head_dim}, the size of a head, found {args.width}")
+        parser.error(f"--width must be a multiple of {head_dim}, the size of a head, found {args.width}")
     args.heads = args.width // head_dim
     return args
 

@@ -21,7 +21,8 @@ from fid import load_judges, psnr
 from tokenizer import PRESETS, Tokenizer, TokenizerConfig, load_tokenizer, strip_target
 
 class Phase(NamedTuple):
-    """Steps of a stage, a cosine of learning rates, and the weights of losses beside MSE and strip."""
+    """Part of a stage: its steps, first and last learning rate (a cosine between), weights of the losses.
+    Squared error and strip always count."""
     name: str
     steps: int
     lr: float
@@ -36,18 +37,18 @@ PAPER = [
     Phase("perceptual", 200_000, 1e-4, 2e-5, quantizer=1.0, perceptual=1.0),
     Phase("gan", 100_000, 2e-5, 2e-6, quantizer=1.0, perceptual=1.0, gan=0.1 * 0.05)]
 
-# batch_size: over all ranks. warmup: steps at the start of either stage, a tenth of it at most. quantize: the
-# quantization is blended in between these shares of stage 1; before, the decoder sees the latents themselves.
-# discriminator: channels of its first layer.
+# batch_size: over all ranks. warmup: steps at the start of either stage, a tenth of it at most.
+# discriminator: channels of its first layer. blend_between: shares of stage 1 between which quantization is
+# blended in; before, the decoder sees the latents themselves.
 RECIPES = {
     # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the
     # first step keeps so small a model from finding out where in the picture a token belongs.
     "tiny": dict(
-        batch_size=16, warmup=100, betas=(0.9, 0.95), quantize=(0.2, 0.35), discriminator=32,
+        batch_size=16, warmup=100, betas=(0.9, 0.95), blend_between=(0.2, 0.35), discriminator=32,
         stages=[[Phase("pixels", 6000, 1e-3, 1e-5, quantizer=0.1)], [Phase("pixels", 4000, 2e-3, 2e-5)]]),
     # As published, for 8 GPUs of 48 images each; betas are ours, and so is clipping.
     "paper": dict(
-        batch_size=384, warmup=10_000, betas=(0.9, 0.95), quantize=(0.0, 0.0), discriminator=128,
+        batch_size=384, warmup=10_000, betas=(0.9, 0.95), blend_between=(0.0, 0.0), discriminator=128,
         stages=[PAPER, [PAPER[0], PAPER[1]._replace(steps=150_000), PAPER[2]]]),
 }
 STRIP_WEIGHT, DISCRIMINATOR_WEIGHT = 10, 0.1                                 # the paper's
@@ -55,16 +56,17 @@ STRIP_WEIGHT, DISCRIMINATOR_WEIGHT = 10, 0.1                                 # t
 def plan(phases, steps, lr_scale, perceptual):
     """The phases of a stage, stretched to `steps`, rates scaled, with perceptual losses or without."""
     totals = list(itertools.accumulate(phase.steps for phase in phases))
-    ends, planned = [round(total * steps / totals[-1]) for total in totals], []
+    ends = [round(total * steps / totals[-1]) for total in totals]
+    planned = []
     for phase, start, end in zip(phases, [0, *ends], ends):
         if start == end:
-            raise InputError(f"{steps} steps are too few for {len(phases)} phases; give --steps more")
+            raise InputError(f"{steps} steps are too few for {len(phases)} phases; give more --steps")
         planned.append(phase._replace(
             steps=end - start, lr=phase.lr * lr_scale, final_lr=phase.final_lr * lr_scale,
             perceptual=phase.perceptual * perceptual, lpips=phase.lpips * perceptual))
     return planned
 
-def quantized_share(progress, start, end):
+def blend_at(progress, start, end):
     """Share of quantization at this share of stage 1: 0 until `start`, 1 from `end` on."""
     return min(1.0, max(0.0, (progress - start) / (end - start))) if end > start else 1.0
 
@@ -175,7 +177,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         phase, phase_step = schedule[step]
         warmup = min(args.warmup, steps // 10) if phase is phases[0] else 0
         lr = data.learning_rate(phase_step, phase.steps, warmup, phase.lr, phase.final_lr)
-        quantized = quantized_share(step / steps, *args.quantize) if stage == 1 else 1.0
+        blend = blend_at(step / steps, *args.blend_between) if stage == 1 else 1.0
 
         # In a GAN phase, discriminator and tokenizer learn from alternate batches.
         if phase.gan and phase_step % 2 == 0:
@@ -190,12 +192,12 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             with autocast:
                 if net is discriminator:
                     with torch.no_grad():
-                        painted, _, _ = model(images, quantized)
+                        painted, _, _ = model(images, blend)
                     real_logits, painted_logits = ddp_net(torch.cat([images, painted])).chunk(2)
                     terms = {"discriminator": hinge_loss(real_logits, painted_logits)}
                     loss = DISCRIMINATOR_WEIGHT * terms["discriminator"]
                 else:
-                    painted, strip, quantizer_loss = ddp_net(images, quantized)
+                    painted, strip, quantizer_loss = ddp_net(images, blend)
                     terms = {"mse": F.mse_loss(painted, images)}
                     loss = terms["mse"]
                     if strip is not None:
@@ -217,7 +219,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             (loss / args.accum).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / args.accum
-        losses = losses | sums if phase_step else sums     # for the log: also what the other network had last
+        # In a GAN phase the log also shows what the other network had last.
+        losses = {**losses, **sums} if phase_step > 0 else sums
 
         norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         if norm.isfinite():

@@ -87,9 +87,8 @@ def signed_distance(shape, x, y):
     raise ValueError(f"signed_distance does not know the shape {shape!r}")
 
 def draw_shape(seed, split, index, size):
-    """Picture `index` of a split of the built-in set: (size, size, 3) uint8, and its class. Classes take
-    turns. Position, size, rotation, tint and shading are random. Edges are antialiased by their distance in
-    pixels."""
+    """Picture `index` of a split of the built-in set, (size, size, 3) uint8, and its class; classes alternate.
+    Position, size, rotation, tint and shading are random. Edges are antialiased by their distance."""
     label = index % len(SHAPE_CLASSES)
     shape, colour, background = np.unravel_index(label, (len(SHAPES), len(COLOURS), len(BACKGROUNDS)))
     rng = generator("shapes " + split, seed, index)
@@ -412,8 +411,7 @@ class TokenCache:
 
 def run(main):
     """Call main() as a command. Exit codes: 2 with a line on stderr for an InputError or what the system
-    refuses, 128 + the signal for a run that was asked to stop and has saved, 1 with a traceback for a mistake
-    of ours."""
+    refuses, 128 + the signal for a run that stopped and has saved, 1 with a traceback for our mistakes."""
     code, message = 0, None
     try:
         main()
@@ -457,8 +455,7 @@ WORKERS = dict(type=natural, help="reading processes per rank (8 with a GPU, els
 above_zero, at_least_zero, from_0_to_1 = number(float, 1e-12), number(float, 0), number(float, 0, 1)
 
 def preset_parser(doc, presets, *arguments):
-    """-> a parser, and what it knows already: --preset and further `arguments`, (flag, options). They decide
-    the defaults of the rest."""
+    """-> a parser, and --preset and further `arguments`, (flag, options), read first for its defaults."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and its recipe")
     for flag, options in arguments:

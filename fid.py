@@ -228,8 +228,7 @@ class ConvNeXtBlock(nn.Module):
         return x + self.layer_scale * y.permute(0, 3, 1, 2)
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt-S (arXiv 2201.03545): images (B, 3, H, W) in [0, 1], seen at 224 x 224 -> ImageNet logits (B,
-    1000)."""
+    """ConvNeXt-S (arXiv 2201.03545): images (B, 3, H, W) in [0, 1] -> ImageNet logits (B, 1000)."""
     def __init__(self):
         super().__init__()
         layers = [nn.Sequential(nn.Conv2d(3, 96, 4, stride=4), ChannelNorm(96, eps=1e-6))]
@@ -270,9 +269,8 @@ class LPIPS(nn.Module):
         return distance
 
 def load_judges(place, device):
-    """{"convnext": ConvNeXt, "lpips": LPIPS}, frozen, with public weights from the folder `place`, or
-    downloaded once. "random" gives seeded stand-ins, to try things offline. InputError when a file is
-    missing, damaged or of another network."""
+    """{"convnext": ConvNeXt, "lpips": LPIPS}, frozen, with public weights from the folder `place` or downloaded.
+    "random" gives seeded stand-ins. InputError when a file is missing, damaged or of another network."""
     with seed_0():
         judges = {"convnext": ConvNeXt(), "lpips": LPIPS()}
     if place != "random":
@@ -335,8 +333,7 @@ class Folder:
         return data.to_tensor(np.asarray(image)), index
 
 def image_batches(images, name, args):
-    """This rank's share of --num-images of a set, evenly spread: their places in the selection, a slice, and
-    images (B, 3, H, W) uint8."""
+    """This rank's share of --num-images of a set: their places (a slice), images (B, 3, H, W) uint8."""
     chosen = data.spread(len(images), args.num_images or len(images))
     spans = data.rank_spans(len(chosen), args.batch_size)
     keys = [[(0, index) for index in chosen[span]] for span in spans]
@@ -418,10 +415,9 @@ def inception_score(pool, weight, split=5000):
     return torch.stack(scores).mean().item()
 
 def precision_recall(reference, samples, k=3, block=25_000_000):
-    """Share of samples (m, D) within the manifold of the reference (n, D), and of the reference within
-    theirs. A manifold is the union of balls around features, as wide as the distance to the k-th nearest
-    other feature (Kynkaanniemi et al.). `block` distances are held at a time. None twice for k images or
-    fewer."""
+    """Share of samples (m, D) in the manifold of the reference (n, D), and of the reference in theirs. It is the
+    union of balls around features, as wide as the distance to the k-th nearest other feature (Kynkaanniemi et
+    al.). `block` distances are held at a time. None twice for k images or fewer."""
     if min(len(reference), len(samples)) <= k:
         return None, None
     centre = reference.mean(0)                # distances are exact between small numbers
@@ -437,8 +433,7 @@ def precision_recall(reference, samples, k=3, block=25_000_000):
     return covered(samples, reference), covered(reference, samples)
 
 def compare(reference, samples, net):
-    """Two results of `load_statistics` -> {"FID", "sFID", "IS", "precision", "recall"}: numbers, None where
-    unknown."""
+    """Two results of `load_statistics` -> {name: number, or None where it can't be known}."""
     scores = dict.fromkeys(["FID", "sFID", "IS", "precision", "recall"])
     for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         if mu in reference and mu in samples:
@@ -471,9 +466,8 @@ def ssim(a, b):
     return ((2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))).mean((1, 2, 3))
 
 def tokenizer_metrics(tokenizer, images, net, device, args):
-    """How well a tokenizer reconstructs --num-images pictures of a data set of its image size, on rank 0:
-    {"rFID", "PSNR" in dB, "SSIM", "codebook_use": share of codes that occur, "images"}. Reconstructions are
-    rounded to 8 bits, as saved pictures are."""
+    """How well a tokenizer reconstructs --num-images pictures, in 8 bits: {"rFID", "PSNR" in dB, "SSIM",
+    "codebook_use": share of codes that occur, "images"}, on rank 0."""
     count = min(len(images), args.num_images or len(images))
     real, painted = torch.zeros(2, count, 4071, device=device)
     totals = torch.zeros(2 + tokenizer.config.codebook_size, dtype=torch.float64)      # PSNR, SSIM, each code

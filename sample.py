@@ -29,8 +29,7 @@ DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 SAMPLING = ("cfg_scale", "cfg_power", "temperature", "top_k", "top_p")       # arguments of ARModel.generate
 
 def find_models(args):
-    """Paths of tokenizer and AR model: as given, else in --out; the demo pair if neither is named and the
-    default --out has none."""
+    """Paths of tokenizer and AR model: as given, or in --out, or the demo's if nothing is given or there."""
     names, folder = ("tokenizer.pt", "ar.pt"), args.out
     given = args.tokenizer or args.ar
     if folder == "out" and not given and not any(os.path.exists(f"out/{name}") for name in names):
@@ -143,8 +142,7 @@ def so_far(image, strip, tokenizer, known):
     return canvas
 
 def paint_gif(model, tokenizer, ids, args, device):
-    """--paint: the pictures of a grid appearing token by token, as far as the causal decoder is sure; then
-    finished."""
+    """--paint: a grid appears token by token, as far as the causal decoder is sure. -> path"""
     config, columns = tokenizer.config, args.n if args.n > 1 else len(ids)
     classes = [label for label in ids for _ in range(args.n)]
     tokens, finished = paint_all(model, tokenizer, classes, args, device)
@@ -176,9 +174,8 @@ def read_pictures(path, size, count):
     return torch.stack(images).float() / 255
 
 def complete(model, tokenizer, ids, args, device):
-    """--image: the AR model goes on from the first --keep of the tokens of a picture, or of --num-images
-    pictures. -> a grid and its file name. A row is a picture: the original, what is kept of it (as the causal
-    decoder paints it), and --n completions."""
+    """--image: the AR model goes on from the first --keep of the tokens of --num-images pictures. -> a grid, its
+    file name. A row is the original, what is kept of it (by the causal decoder), and --n completions."""
     config = tokenizer.config
     originals = read_pictures(args.image, config.image_size, args.num_images).to(device)
     tokens = tokenizer.encode(originals)
@@ -193,8 +190,7 @@ def complete(model, tokenizer, ids, args, device):
     return data.grid_image(rows.flatten(0, 1), args.n + 2), "completed.png"
 
 def reconstruct(tokenizer, args, device):
-    """--reconstruct: -n pictures, and their PSNR in dB. -> a grid and its file name. A row is a picture: the
-    original, by stage 1, by stage 2."""
+    """--reconstruct: rows of original, stage 1, stage 2, and their PSNR in dB. -> a grid, its file name"""
     originals = read_pictures(args.reconstruct, tokenizer.config.image_size, args.n).to(device)
     tokens = tokenizer.encode(originals)
     causal, final = tokenizer.decode_causal(tokens)[0], tokenizer.decode(tokens)

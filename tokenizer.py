@@ -71,8 +71,7 @@ PRESETS = {
 # ---- Transformer parts ------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, C) -> (B, T, C): of all tokens, of the earlier ones (`causal`), or of
-    those that a boolean mask (T, T) allows."""
+    """Multi-head self-attention, (B, T, C) -> (B, T, C); `causal`, or under a boolean mask (T, T)."""
     def __init__(self, width, head_dim):
         super().__init__()
         self.heads = width // head_dim
@@ -119,8 +118,7 @@ def learned(count, width):
 
 def own_patches(config):
     """For each of the N latents the patch that it paints, as row * g + column. Prefix: the first patch, then
-    the first g in the order of generation (by default the first row). Image tokens: every patch, in that
-    order."""
+    the first g in the order of generation (by default the first row). Image tokens: every patch."""
     order = generation_order(config.grid)
     return torch.cat([order[:1], order[:config.grid], order]) if config.prefix else order
 
@@ -258,10 +256,9 @@ class PixelHead(nn.Module):
         return x.float().sigmoid()                            # bfloat16 is coarser than 8 bits
 
 class Decoder(nn.Module):
-    """Transformer over [learned tokens, latents]: (B, N, D) -> picture (B, 3, H, W) and strip, in [0, 1].
-    causal (stage 1): one learned token in front, every token sees only earlier ones, and the prefix outputs
-    paint the strip (B, 3, p, P*p). bidirectional (stage 2): `buffer_tokens` learned tokens in front, no strip
-    (None)."""
+    """Transformer over [learned tokens, latents]: (B, N, D) -> picture (B, 3, H, W), strip, both in [0, 1]. Causal
+    (stage 1): one learned token in front, every token sees only earlier ones, and the prefix paints the strip
+    (B, 3, p, P*p). Bidirectional (stage 2): `buffer_tokens` learned tokens in front, and no strip."""
     def __init__(self, config):
         super().__init__()
         c, width = config, config.decoder_width

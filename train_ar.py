@@ -29,8 +29,7 @@ def drop_classes(classes, keys, probability, seed, n, null):
 
 @torch.no_grad()
 def evaluate(model, cache, keys, args, device):
-    """Judge the model on the images at `keys` of a cache -> {"loss": nats per token, "accuracy": share of
-    tokens that are the likeliest}."""
+    """-> of a cache's images at `keys`: {"loss": nats per token, "accuracy": share of likeliest tokens}."""
     model.eval()
     loss = accuracy = 0.0
     for span in data.rank_spans(len(keys), 32):

@@ -21,8 +21,7 @@ from fid import load_judges, psnr
 from tokenizer import PRESETS, Tokenizer, TokenizerConfig, load_tokenizer, strip_target
 
 class Phase(NamedTuple):
-    """Part of a stage: its steps, first and last learning rate (a cosine between), weights of the losses.
-    Squared error and strip always count."""
+    """Steps, learning rate from -> to (a cosine), and loss weights; squared error and strip always count."""
     name: str
     steps: int
     lr: float

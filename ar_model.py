@@ -250,8 +250,9 @@ def guidance(t, num_tokens, scale, power):
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (t / num_tokens) ** power)) / 2
 
 def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
-    """Logits (B, V), uniforms (B,) -> tokens (B,), the first whose cumulative probability is beyond the uniform.
-    temperature 0 takes the likeliest; top_k keeps the k likeliest, top_p the fewest that reach p together."""
+    """Logits (B, V), uniforms (B,) -> tokens (B,), the first whose cumulative probability is beyond the
+    uniform. temperature 0 takes the likeliest; top_k keeps the k likeliest, top_p the fewest that reach p
+    together."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = F.softmax(logits.to(uniforms.dtype) / temperature, -1)

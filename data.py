@@ -87,8 +87,9 @@ def signed_distance(shape, x, y):
     raise ValueError(f"signed_distance does not know the shape {shape!r}")
 
 def draw_shape(seed, split, index, size):
-    """Picture `index` of a split of the built-in set, (size, size, 3) uint8, and its class; classes alternate.
-    Position, size, rotation, tint and shading are random. Edges are antialiased by their distance."""
+    """Picture `index` of a split of the built-in set, (size, size, 3) uint8, and its class; classes
+    alternate. Position, size, rotation, tint and shading are random. Edges are antialiased by their
+    distance."""
     label = index % len(SHAPE_CLASSES)
     shape, colour, background = np.unravel_index(label, (len(SHAPES), len(COLOURS), len(BACKGROUNDS)))
     rng = generator("shapes " + split, seed, index)

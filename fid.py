@@ -269,8 +269,9 @@ class LPIPS(nn.Module):
         return distance
 
 def load_judges(place, device):
-    """{"convnext": ConvNeXt, "lpips": LPIPS}, frozen, with public weights from the folder `place` or downloaded.
-    "random" gives seeded stand-ins. InputError when a file is missing, damaged or of another network."""
+    """{"convnext": ConvNeXt, "lpips": LPIPS}, frozen, with public weights from the folder `place` or
+    downloaded. "random" gives seeded stand-ins. InputError when a file is missing, damaged or of another
+    network."""
     with seed_0():
         judges = {"convnext": ConvNeXt(), "lpips": LPIPS()}
     if place != "random":
@@ -415,9 +416,9 @@ def inception_score(pool, weight, split=5000):
     return torch.stack(scores).mean().item()
 
 def precision_recall(reference, samples, k=3, block=25_000_000):
-    """Share of samples (m, D) in the manifold of the reference (n, D), and of the reference in theirs. It is the
-    union of balls around features, as wide as the distance to the k-th nearest other feature (Kynkaanniemi et
-    al.). `block` distances are held at a time. None twice for k images or fewer."""
+    """Share of samples (m, D) in the manifold of the reference (n, D), and of the reference in theirs. It is
+    the union of balls around features, as wide as the distance to the k-th nearest other feature
+    (Kynkaanniemi et al.). `block` distances are held at a time. None twice for k images or fewer."""
     if min(len(reference), len(samples)) <= k:
         return None, None
     centre = reference.mean(0)                # distances are exact between small numbers

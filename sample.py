@@ -174,8 +174,8 @@ def read_pictures(path, size, count):
     return torch.stack(images).float() / 255
 
 def complete(model, tokenizer, ids, args, device):
-    """--image: the AR model goes on from the first --keep of the tokens of --num-images pictures. -> a grid, its
-    file name. A row is the original, what is kept of it (by the causal decoder), and --n completions."""
+    """--image: the AR model goes on from the first --keep of the tokens of --num-images pictures. -> a grid,
+    its file name. A row is the original, what is kept of it (by the causal decoder), and --n completions."""
     config = tokenizer.config
     originals = read_pictures(args.image, config.image_size, args.num_images).to(device)
     tokens = tokenizer.encode(originals)

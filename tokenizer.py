@@ -256,9 +256,10 @@ class PixelHead(nn.Module):
         return x.float().sigmoid()                            # bfloat16 is coarser than 8 bits
 
 class Decoder(nn.Module):
-    """Transformer over [learned tokens, latents]: (B, N, D) -> picture (B, 3, H, W), strip, both in [0, 1]. Causal
-    (stage 1): one learned token in front, every token sees only earlier ones, and the prefix paints the strip
-    (B, 3, p, P*p). Bidirectional (stage 2): `buffer_tokens` learned tokens in front, and no strip."""
+    """Transformer over [learned tokens, latents]: (B, N, D) -> picture (B, 3, H, W), strip, both in [0, 1].
+    Causal (stage 1): one learned token in front, every token sees only earlier ones, and the prefix paints
+    the strip (B, 3, p, P*p). Bidirectional (stage 2): `buffer_tokens` learned tokens in front, and no
+    strip."""
     def __init__(self, config):
         super().__init__()
         c, width = config, config.decoder_width

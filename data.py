@@ -474,7 +474,7 @@ def add_run_arguments(parser):
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
     add("--lr", type=above_zero, help="peak learning rate; later phases scale with it (%(default)s)")
-    add("--warmup", type=natural, help="steps of linear warmup (%(default)s)")
+    add("--warmup", type=natural, help="steps of linear warmup; fewer in short runs (%(default)s)")
     add("--clip", type=above_zero, default=1.0, help="largest gradient norm (%(default)s)")
     add("--seed", type=natural, default=0)
     add("--num-pictures", type=positive, default=50_000, help="of the built-in set (%(default)s)")

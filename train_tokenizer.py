@@ -140,7 +140,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     run, path = f"tokenizer stage {stage}", f"{args.out}/tokenizer_stage{stage}.pt"
     phases, steps = args.phases[stage - 1], args.steps[stage - 1]
     schedule = [(phase, phase_step) for phase in phases for phase_step in range(phase.steps)]
-    fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judges"]} | asdict(config)
+    fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judged_by"]} | asdict(config)
     order = data.generation_order(config.grid).tolist()
     fixed |= {"files": train.files, "order": order}
     strip_weight = STRIP_WEIGHT * (config.grid + 1) / config.grid ** 2       # by the strip's share of patches
@@ -297,14 +297,14 @@ def main():
     if not args.resume:
         names = ["tokenizer_stage1.pt", "tokenizer_stage2.pt", "tokenizer.pt"]
         data.refuse_overwrite(f"{args.out}/{name}" for name in (names if 1 in stages else names[1:2]))
-    judges, args.judges = {}, "none"
+    judges, args.judged_by = {}, "none"
     if any(phase.perceptual or phase.lpips for phase in phases):
         judges = load_judges(args.vision_weights, device)
-        args.judges = "random" if args.vision_weights == "random" else "ConvNeXt and LPIPS"
+        args.judged_by = "random" if args.vision_weights == "random" else "ConvNeXt and LPIPS"
 
     def save_model():
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
-                             model=data.in_dtype(model.state_dict(), args.save_dtype), perceptual=args.judges,
+                             model=data.in_dtype(model.state_dict(), args.save_dtype), perceptual=args.judged_by,
                              order=data.generation_order(config.grid).tolist())
 
     stop_flag = data.StopFlag()

@@ -304,8 +304,8 @@ def main():
 
     def save_model():
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
-                             model=data.in_dtype(model.state_dict(), args.save_dtype), perceptual=args.judged_by,
-                             order=data.generation_order(config.grid).tolist())
+                             model=data.in_dtype(model.state_dict(), args.save_dtype),
+                             perceptual=args.judged_by, order=data.generation_order(config.grid).tolist())
 
     stop_flag = data.StopFlag()
     if 1 in stages:

@@ -19,14 +19,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, generation_order, generator, load_checkpoint, load_weights
+from data import InputError, generation_order, generator, load_checkpoint, load_fitting, load_weights
 
 @dataclass
 class ARConfig:
     """Shape of the model, and the classifier-free guidance that suits it. The defaults are the paper's B."""
     codebook_size: int = 4096
     grid: int = 16               # patches a side
-    prefix: bool = True          # whether grid + 1 prefix tokens come before the grid**2 of the image
+    prefix_tokens: int | None = None     # before the grid**2 tokens of the image. None: grid + 1
     num_classes: int = 1000
     width: int = 768
     depth: int = 24
@@ -36,12 +36,10 @@ class ARConfig:
     cfg_power: float = 1.8
 
     def __post_init__(self):
+        if self.prefix_tokens is None:
+            self.prefix_tokens = self.grid + 1
         if self.width % self.heads or self.width // self.heads % 4:
             raise InputError(f"the size of a head, {self.width} / {self.heads}, must be a multiple of 4")
-
-    @property
-    def prefix_tokens(self):
-        return self.grid + 1 if self.prefix else 0
 
     @property
     def num_tokens(self):
@@ -243,6 +241,18 @@ class ARModel(nn.Module):
             rows = tokens[:, t].repeat(1 if cfg_scale == 1 else 2)
         return tokens
 
+def start_from(model, old, classes):
+    """Fine-tuning: take over from the model `old` every tensor that fits. The token rows of the embeddings
+    stay, and so does the null class. A class of `classes` (names) that `old` knows keeps its row; the others
+    start as the null class. Where `old` has no names and as many classes, they count as the same."""
+    load_fitting(model, old.state_dict())
+    first, null = old.config.codebook_size + 1, old.config.num_classes
+    if old.config.codebook_size == model.config.codebook_size and model.config.width == old.config.width:
+        known = old.classes or (classes if len(classes) == null else [])
+        sources = [first + (known.index(name) if name in known else null) for name in (*classes, None)]
+        rows = old.embeddings.weight.data
+        model.embeddings.weight.data = torch.cat([rows[:first], rows[sources]])
+
 # ---- Sampling ---------------------------------------------------------------------------------------
 
 def guidance(t, num_tokens, scale, power):
@@ -293,15 +303,14 @@ def from_released(state):
             config |= preset                                      # its guidance
     return {"config": config, "model": state, "classes": None, "tokenizer": None}
 
-def load_ar(path, device="cpu", grid=None):
-    """The AR model of a file of train_ar.py, or of a released one, in eval mode. grid: patches a side of its
-    tokenizer, for released files, which do not tell (16 unless given). The model carries `classes` (names, or
-    None) and `tokenizer` (the fingerprint its tokens belong to, or None)."""
+def load_ar(path, device="cpu", grid=16, prefix_tokens=None):
+    """The AR model of a file of train_ar.py, or of a released one, in eval mode. grid, prefix_tokens: those
+    of its tokenizer, for released files, which do not tell. The model carries `classes` (names, or None) and
+    `tokenizer` (the fingerprint its tokens belong to, or None)."""
     saved = load_checkpoint(path, "ar", from_released)
-    config = ARConfig(**saved["config"])
-    if saved["tokenizer"] is None and grid:
-        config.grid = grid
-    model = ARModel(config)
+    if saved["tokenizer"] is None:
+        saved["config"] |= dict(grid=grid, prefix_tokens=prefix_tokens)
+    model = ARModel(ARConfig(**saved["config"]))
     load_weights(model, saved["model"], path)
     model.classes, model.tokenizer = saved["classes"], saved["tokenizer"]
     return model.to(device).eval()

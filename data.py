@@ -177,8 +177,10 @@ def centre_crop(image, size):
     return crop(pixels, (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2, size)
 
 def random_crop(image, size, rng):
-    """PIL image -> (3, size, size) uint8: resized, a random place along the longer side, a random flip."""
-    pixels = shrink(image, size)
+    """PIL image -> (3, size, size) uint8: resized with an antialiased bilinear filter, a random place along
+    the longer side, a random flip."""
+    width, height = (side * size // min(image.size) for side in image.size)
+    pixels = np.asarray(image.resize((width, height), Image.BILINEAR))
     top, left = rng.integers(pixels.shape[0] - size + 1), rng.integers(pixels.shape[1] - size + 1)
     cropped = crop(pixels, top, left, size)
     return cropped.flip(-1) if rng.random() < 0.5 else cropped
@@ -456,16 +458,19 @@ WORKERS = dict(type=natural, help="reading processes per rank (8 with a GPU, els
 above_zero, at_least_zero, from_0_to_1 = number(float, 1e-12), number(float, 0), number(float, 0, 1)
 
 def preset_parser(doc, presets, *arguments):
-    """-> a parser, and --preset and further `arguments`, (flag, options), read first for its defaults."""
+    """-> a parser, and --preset, --init and more `arguments`, (flag, options), read first for defaults."""
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and its recipe")
+    shape = first.add_mutually_exclusive_group()
+    shape.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and its recipe")
+    shape.add_argument("--init", dest="init_from", metavar="CHECKPOINT",
+                       help="fine-tune this model, of ours or a released one")
     for flag, options in arguments:
         first.add_argument(flag, **options)
     known, _ = first.parse_known_args()
     return argparse.ArgumentParser(description=doc, parents=[first], formatter_class=HelpFormatter), known
 
 def add_run_arguments(parser):
-    """The flags of both trainers. --batch-size, --lr and --warmup get their defaults from the recipe."""
+    """The flags of both trainers. --batch-size, --lr, --warmup and --clip get defaults from the recipe."""
     add = parser.add_argument
     add("--data", default="shapes", help="'shapes', the built-in pictures, or a folder of class folders")
     add("--val-data", help="validation folder; without it every 20th image of --data is held out")
@@ -475,7 +480,7 @@ def add_run_arguments(parser):
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
     add("--lr", type=above_zero, help="peak learning rate; later phases scale with it (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup; fewer in short runs (%(default)s)")
-    add("--clip", type=above_zero, default=1.0, help="largest gradient norm (%(default)s)")
+    add("--clip", type=at_least_zero, help="largest gradient norm; 0 is no limit (%(default)s)")
     add("--seed", type=natural, default=0)
     add("--num-pictures", type=positive, default=50_000, help="of the built-in set (%(default)s)")
     add("--eval-every", type=positive, default=500, help="steps between evaluations (%(default)s)")
@@ -494,8 +499,8 @@ def add_device_arguments(parser):
         help="of the matrix work; auto is bfloat16 where the hardware is fast at it")
     add("--no-compile", dest="compile", action="store_false", help="do without torch.compile on a GPU")
 
-# What decides the result, so that a resumed run must not change it.
-FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_pictures", "dtype", "steps"]
+# What decides the result, so that a resumed run must not change it. The number of steps may change.
+FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_pictures", "dtype"]
 
 def refuse_changes(message, saved, now, advice):
     """InputError that names each value of `now` that is another one in `saved`, two dicts."""
@@ -601,14 +606,6 @@ def learning_rate(step, steps, warmup, peak, final):
     progress = (step - warmup) / max(1, steps - warmup)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
-def adamw(model, decays, lr, betas, weight_decay):
-    """AdamW over what is trained in a model, with weight decay only where decays(name, parameter)."""
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[0 if decays(name, parameter) else 1]["params"].append(parameter)
-    return torch.optim.AdamW(groups, lr, betas, fused=True)
-
 def distribute(model, device):
     """The model for training on several ranks, as it is on one."""
     if world_size() == 1:
@@ -704,6 +701,8 @@ def load_checkpoint(path, kind, from_released=lambda state: None):
         content = None
     if content is None:
         raise InputError(f"{path} is not a checkpoint of kind '{kind}', nor a released one")
+    if not content["config"].pop("prefix", True):             # before it had a number, False was none
+        content["config"]["prefix_tokens"] = 0
     return content
 
 def load_weights(model, state, path):
@@ -713,9 +712,15 @@ def load_weights(model, state, path):
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model: {' '.join(str(error).split())[:1500]}") from None
 
-def load_training_state(path, kind, fixed):
+def load_fitting(model, state):
+    """Take over the tensors of a state dict that fit a model by name and shape; the others stay."""
+    own = model.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    model.load_state_dict(fitting, strict=False)
+
+def load_training_state(path, kind, fixed, steps):
     """The state that --resume goes on from; None, with a word, when there is none yet. InputError when ranks
-    see different files, or when `fixed`, what decides the result, is not what it was."""
+    see different files, when `fixed`, what decides the result, is not what it was, and beyond `steps`."""
     state = load_checkpoint(path, kind) if os.path.exists(path) else None
     step = state["step"] if state else 0
     if over_ranks([step])[0] != step * world_size():
@@ -723,6 +728,8 @@ def load_training_state(path, kind, fixed):
     if state:
         refuse_changes(f"{path} was trained with other settings", state.get("fixed", {}), fixed,
                        "resume with the old ones, or start anew in another --out")
+        if step > steps:
+            raise InputError(f"{path} has done {step} steps, more than --steps {steps}; give {step} or more")
     else:
         say(f"no training state at {path} yet: starting at the first step")
     return state

@@ -258,13 +258,15 @@ def main():
         subject = args.reconstruct
         picture, name = reconstruct(tokenizer, args, device)
     else:
-        model = load_ar(weights[1], device, tokenizer.config.grid)
-        shared = ("codebook_size", "grid", "prefix")
+        model = load_ar(weights[1], device, tokenizer.config.grid, tokenizer.config.prefix_tokens)
+        shared = ("codebook_size", "grid", "prefix_tokens")
         if (any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in shared)
                 or model.tokenizer not in (None, tokenizer.fingerprint())):
             raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
-        if dtype_is_auto and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
+        small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+        if dtype_is_auto and (small or device.type != "cpu"):
             args.dtype = "float32"
+        torch.backends.cuda.matmul.allow_tf32 = True              # as the authors sample
         if args.dtype == "bfloat16":
             model.to_bfloat16()
         ids = [class_id(word, model) for word in args.classes]

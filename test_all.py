@@ -9,6 +9,7 @@
 """
 import argparse, contextlib, copy, functools, io, itertools, json, math, os, re, shutil, signal, subprocess
 import sys, tempfile, time, warnings, zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 import ar_model, data, fid, sample, train_ar, train_tokenizer
 from ar_model import ARConfig, ARModel, guidance, image_uniforms, load_ar, sample_tokens
 from data import InputError
-from tokenizer import RELEASED_NAMES, Tokenizer, TokenizerConfig, causal_encoder_mask, load_tokenizer
+from tokenizer import (RELEASED_NAMES, Tokenizer, TokenizerConfig, causal_encoder_mask, load_tokenizer,
+                       strip_target)
 
 HERE, CPU = Path(__file__).resolve().parent, torch.device("cpu")
 if __name__ != "__main__":                    # one thread: small models, and equal sums in other processes
@@ -323,6 +325,10 @@ def test_swap_keeps_tokens():
     tokens, name = model.encode(images), model.fingerprint()
     causal, before = model.decode_causal(tokens), copy.deepcopy(model.encoder.state_dict())
     model.swap_decoder()
+    new, old = (decoder.state_dict() for decoder in (model.decoder, model.causal_decoder))
+    assert {place[0] for place in differing(new, {key: old[key] for key in new})} == {"buffer_tokens", "positions"}
+    cold = small_tokenizer().swap_decoder(cold=True).decoder
+    assert (cold.blocks[0].mlp.c_fc.weight != old["blocks.0.mlp.c_fc.weight"]).all()
     assert not differing(before, model.encoder.state_dict()) and model.fingerprint() == name
     assert all(map(torch.equal, (model.encode(images), *model.decode_causal(tokens)), (tokens, *causal)))
     image, strip, _ = model.train()(images)
@@ -340,11 +346,11 @@ def rebuild(name, shape, seed=0):
         w = 1 + 0.1 * w if name.endswith("weight") else 1 + 0.1 * abs(w) if "running_var" in name else 0.1 * w
     return torch.from_numpy(np.asarray(w, np.float32))
 
-def released_tokenizer(stage):
+def released_tokenizer(stage, prefix_tokens=None):
     """A state dict with the authors' names and shapes. A name that is not theirs would give other weights."""
     model, released = small_tokenizer(
         image_size=64, patch_size=16, encoder_width=64, decoder_width=128, head_dim=64, codebook_dim=16,
-        buffer_tokens=32, decoder="causal" if stage == 1 else "bidirectional"), {}
+        buffer_tokens=32, decoder="causal" if stage == 1 else "bidirectional", prefix_tokens=prefix_tokens), {}
     for name, value in model.state_dict().items():
         shape = tuple(value.shape)
         if name.endswith(("to_latent.weight", "head.proj.weight")):
@@ -354,13 +360,15 @@ def released_tokenizer(stage):
                 name = theirs + name[len(ours):]
                 break
         released[name] = rebuild("tok/" + name, shape)
-    del released["quantizer.usage"]
+    if stage == 2:
+        del released["quantize.embed_prob"]
     return released
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     folder, state = tmp_path_factory.mktemp("released"), small_ar(width=96).state_dict()
-    torch.save({"model_state": released_tokenizer(1), "step": 5}, folder / "stage1.pth")
+    torch.save({"model_state": released_tokenizer(1), "criterion_state": {"x": torch.zeros(2)},
+                "start_step": 5, "log_dir": "runs/1"}, folder / "stage1.pth")
     torch.save(released_tokenizer(2), folder / "AliTok.pth")
     torch.save({name: rebuild("ar/" + name, value.shape) for name, value in state.items()}, folder / "ar.bin")
     return folder
@@ -375,6 +383,7 @@ def near(values, expected):
 def test_released_tokenizer(released):
     one, two = load_tokenizer(released / "stage1.pth"), load_tokenizer(released / "AliTok.pth")
     assert (two.config.decoder, two.config.image_size, two.config.buffer_tokens) == ("bidirectional", 64, 32)
+    assert one.quantizer.usage.equal(rebuild("tok/quantize.embed_prob", (64,)))
     image, strip = one.decode_causal(torch.tensor([TOKENS]))
     near(image[0, 1, ::13, 5], [0.39297, 0.1761, 0.32305, 0.56659, 0.01472])
     near(strip[0, 0, 7, ::16], [0.36142, 0.66845, 0.3732, 0.34959, 0.38617])
@@ -384,6 +393,19 @@ def test_released_tokenizer(released):
     image = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, ramp[:, None] * ramp * 0.5 + 0.25])[None]
     near(two.encoder(image)[0, ::5, 3].detach(), [-1.19955, 0.88384, 0.08973, 0.083, 0.14676])
     assert two.encode(image).tolist() == [TOKENS[:7] + [34] + TOKENS[8:19] + [10, 24]]
+
+@pytest.mark.parametrize("prefix_tokens", [0, 4])
+def test_released_tokenizers_with_other_prefixes(prefix_tokens, released, tmp_path):
+    for stage in (1, 2):
+        torch.save(released_tokenizer(stage, prefix_tokens), tmp_path / f"{stage}.pth")
+    one, two = (load_tokenizer(tmp_path / f"{stage}.pth") for stage in (1, 2))
+    images = torch.rand(2, 3, 64, 64)
+    tokens = one.encode(images)
+    assert tokens.shape == (2, 16 + prefix_tokens) and two.decode(tokens).shape == images.shape
+    assert torch.equal(two.encode(images), tokens) and (one.decoder.causal, two.decoder.causal) == (True, False)
+    _, strip = one.decode_causal(tokens)
+    assert strip is None if prefix_tokens == 0 else strip_target(images, one).equal(images[:, :, :16])
+    must(sample, f"--class 3 --n 1 --tokenizer {tmp_path}/2.pth --ar {released}/ar.bin --png {tmp_path}/x.png")
 
 def test_full_size_presets_have_the_published_sizes():
     config = TokenizerConfig(decoder="bidirectional")
@@ -485,6 +507,26 @@ def vision_state(net, kind):
         weight = rebuild(f"lpips/lin{name[4:]}.model.1.weight" if lin else f"{kind}/{name}", value.shape, 7)
         state[name] = weight.abs() if lin else weight
     return state
+
+# Logits of two pictures, and the sum of |d(-mean logits)/d pixel|, from weights that anyone can rebuild.
+DISCRIMINATOR = {64: ([0.38434, 0.920737, 0.84204, 0.955258, 0.300864, 0.078489], 2.568108),
+                 48: ([0.187711, 0.9475, 1.080543, 0.842730, 0.313932, -0.0976], 3.014489)}
+
+def test_discriminator_computes_what_the_released_one_would():
+    net = train_tokenizer.Discriminator(128)
+    convs, norms = ([m for m in net.modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.GroupNorm))
+    names = ["block_in.0", *(f"blocks.{k}.0" for k in range(3)), "to_logits.0", "to_logits.2"]
+    names += [f"blocks.{k}.2" for k in range(3)]
+    for name, layer in zip(names, convs + norms, strict=True):
+        for part, value in layer.named_parameters():
+            value.data = rebuild(f"disc/{name}.{part}", value.shape, 7)
+    assert sum(parameter.numel() for parameter in net.parameters()) == 1_909_889
+    for size, (logits, gradient) in DISCRIMINATOR.items():
+        pixels = np.random.RandomState(size).randint(0, 256, (2, size, size, 3)).astype(np.uint8)
+        images = to_images(pixels).requires_grad_()
+        computed = net(images)
+        near(computed.flatten()[::100].detach(), logits)
+        assert torch.autograd.grad(-computed.mean(), images)[0].abs().sum().item() == pytest.approx(gradient)
 
 # Four logits of ConvNeXt, the loss between two pictures, LPIPS distances of two pairs.
 VISION = [-1.7676, -1.90766, 1.5448, -0.0408118, 3.0557, 0.300521, 0.274872]
@@ -721,7 +763,7 @@ def bad(tmp_path_factory, trained):
     whole, tokenizer = (trained / "tokenizer.pt").read_bytes(), load(trained / "tokenizer.pt")
     state = released_tokenizer(2)
     hostile = type("Hostile", (), {"__reduce__": lambda self: (os.mkdir, (str(bad / "pwned"),))})
-    (bad / "half" / "tokenizer.pt").write_bytes(whole)
+    (bad / "half" / "tokenizer_stage1.pt").write_bytes(whole)
     for name, content in (("text", b"hello"), ("empty", b""), ("cut", whole[:-5000])):
         (bad / f"{name}.pt").write_bytes(content)
     for name, content in {
@@ -761,6 +803,8 @@ BAD[train_tokenizer] = {
     "--recipe paper --vision-weights {bad}/empty --steps 9 9": "convnext_small",
     "--out {trained}": "already", "--out {bad}/text.pt/x": "text.pt/x", "--stage 2": "no such checkpoint",
     "--out {trained} --resume --steps 150 100 --batch-size 8 --lr 0.5": "now 0.5",
+    "--out {trained} --resume --steps 151 100 --batch-size 8": "stage 2", "--prefix-tokens 3": "found 3",
+    "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150", "--init {bad}/cut.pt": "cut.pt",
     "--stage 2 --out {bad}/half --codebook-size 128": "another shape"}
 BAD[train_ar] = {
     "": "no such checkpoint", "--tokenizer {trained}/ar.pt": "kind 'tokenizer'",
@@ -810,7 +854,8 @@ def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
 FAST = set(globals())     # ==== All tests below are slow: pipelines, kills, ranks, changes ===============
 
 @pytest.mark.parametrize("flags, tokens", [
-    ("--no-prefix", 16), ("--decoder bidirectional", 21), ("--encoder causal", 21)])
+    ("--no-prefix", 16), ("--prefix-tokens 4 --cold-swap", 20), ("--decoder bidirectional", 21),
+    ("--encoder causal", 21)])
 def test_other_tokenizers_train_and_paint(flags, tokens, tmp_path):
     must(train_tokenizer, f"--out {tmp_path} --steps 6 4", TOKENIZER, flags)
     must(train_ar, f"--out {tmp_path}", AR, "--steps 4")
@@ -827,6 +872,35 @@ def test_compiled_generation_equals_the_plain_one():
     options = dict(top_k=20, top_p=0.9, cfg_scale=3.0, kept=torch.arange(15).view(3, 5))
     plain = model.generate(classes, uniforms, **options)
     assert torch.equal(model.generate(classes, uniforms, compiled=True, **options), plain)
+
+def test_resume_may_lengthen_a_run(trained, tmp_path):
+    words = f"--out {tmp_path} {on_tokens(trained)} --steps"
+    must(train_ar, words, "20")
+    must(train_ar, words, "40 --resume")
+    rates = [data.learning_rate(step, steps, steps // 4, 2e-3, 1e-5) for step, steps in ((19, 20), (39, 40))]
+    assert log_of(tmp_path, "ar", "lr") == pytest.approx(rates) and load(tmp_path / "ar_state.pt")["step"] == 40
+    words = f"--out {tmp_path}/t {TOKENIZER} --steps 4"
+    must(train_tokenizer, words, "2")
+    before = load(tmp_path / "t" / STATES[0])
+    must(train_tokenizer, words, "5 --resume")
+    assert not differing(before, load(tmp_path / "t" / STATES[0])) and load(tmp_path / "t" / STATES[1])["step"] == 5
+
+def test_fine_tuning_starts_where_the_other_model_ended(trained, tmp_path):
+    words = on_tokens(trained), f"--init {trained}/ar_state.pt --steps 1 --warmup 0 --lr 1e-9 --out {tmp_path}"
+    must(train_ar, *words)
+    assert log_of(tmp_path, "ar", "val_loss") == pytest.approx(log_of(trained, "ar", "val_loss")[-1:], rel=1e-5)
+    old = load_ar(trained / "ar.pt")
+    model = ARModel(replace(old.config, num_classes=3))
+    ar_model.start_from(model, old, [old.classes[7], "dodo", old.classes[0]])
+    rows = [*range(65), 65 + 7, 65 + 1000, 65, 65 + 1000]     # tokens, two known classes, a new one, null
+    assert model.embeddings.weight.equal(old.embeddings.weight[rows])
+    assert {place[0] for place in differing(old.state_dict(), model.state_dict())} == {"embeddings.weight"}
+    words = f"{TOKENIZER} --init {trained}/tokenizer.pt --steps 1 1 --warmup 0 --lr 1e-9 --dtype float32 --out"
+    for flags, stage in (("--stage 1", 1), ("--stage 2", 2)):
+        run = f"tokenizer stage {stage}"
+        must(train_tokenizer, words, tmp_path / flags, flags)
+        expected = log_of(trained, run, "val_psnr")[-1:]
+        assert log_of(tmp_path / flags, run, "val_psnr") == pytest.approx(expected, abs=0.1)
 
 PAPER = (f"--recipe paper {SHAPE} --batch-size 1 --seed 3 --eval-images 2 --warmup 2 --dtype float32 "
          "--vision-weights random --steps 6 6 --save-every 1")
@@ -850,13 +924,27 @@ def test_losses_reach_tokenizer_and_discriminator_in_turns(paper):
             parts = {place[1].split(".")[0] for place in moved if place[0] == "model"}
             turns = {place[0] for place in moved} & {"model", "optimizer", "discriminator", "disc_optimizer"}
             expected = {"discriminator", "disc_optimizer"} if step == 4 else {"model", "optimizer"}
-            assert turns == expected, (stage, step)
-            everything = {"encoder", "quantizer", "decoder"} if stage == 1 else {"decoder"}
-            assert parts == (set() if step == 4 else everything), (stage, step)
+            learning = {"encoder", "quantizer", "decoder"} if stage == 1 else {"decoder"}
+            if step == 4:                     # stage 1 goes on reviving codes
+                learning &= {"quantizer"}
+                expected |= {"model"} if learning else set()
+            assert (turns, parts) == (expected, learning), (stage, step)
         own = {"strip", "quantizer", "mse", "loss"} if stage == 1 else {"mse", "loss"}
         terms = {1: {"perceptual", "lpips"} | own, 2: {"perceptual"} | own, 5: {"discriminator"},
                  6: {"discriminator", "gan", "perceptual"} | own}
         assert all(set(states[step - 1]["losses"]) == terms[step] for step in terms), stage
+    ends = (load(paper / "saves" / f"tokenizer_stage{name}.pt") for name in ("1.06", "2.01"))
+    assert not differing(*(state["discriminator"] for state in ends))        # it goes on, decoder and all
+
+def test_loss_networks_compute_in_float32(tmp_path):
+    dtypes = {}
+    def note(module, _, output):
+        dtypes.setdefault(type(module).__name__, set()).add(getattr(output, "dtype", None))
+    hook = nn.modules.module.register_module_forward_hook(note)
+    must(train_tokenizer, f"--out {tmp_path}", PAPER, "--dtype bfloat16 --num-pictures 50")
+    hook.remove()
+    assert dtypes["Discriminator"] == dtypes["ConvNeXt"] == dtypes["LPIPS"] == {torch.float32}
+    assert torch.bfloat16 in dtypes["MLP"]
 
 def assert_same_run(whole, broken, *names):
     for name in names:
@@ -1099,18 +1187,6 @@ for name in [name for name in globals() if name.startswith("test_") and name not
 
 # ---- python test_all.py benchmark ----------------------------------------------------------------
 
-def grown_by_concatenation(model, rows, t, caches):
-    """`ARModel.step` as it is usually written: a block's cache is a list [keys, values] that grows."""
-    x, table = model.embeddings(rows)[:, None], model.table[:, t:t + 1]
-    for block, cache in zip(model.blocks, caches):
-        attn = block.attn
-        q, k, v = attn.qkv(block.norm1(x)).view(len(rows), 1, 3, attn.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = ar_model.rotate(attn.q_norm(q), table), ar_model.rotate(attn.k_norm(k), table)
-        cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v))]
-        x = x + attn.proj(F.scaled_dot_product_attention(q, *cache).transpose(1, 2).flatten(2))
-        x = x + block.mlp(block.norm2(x))
-    return model.output(model.norm(x))[:, 0]
-
 def seconds(call, repeats=3):
     """Mean time of call(), after one that does not count."""
     for k in range(repeats + 1):
@@ -1127,9 +1203,8 @@ def sampling_times(preset, batch, device):
     model, t = ARModel(config).to(device).eval(), config.num_tokens // 2
     rows = torch.full((2 * batch,), config.codebook_size + 1, device=device)
     caches = model.caches_for(2 * batch)
-    tokens, past = rows[:, None].expand(-1, t), [[part[:, :, :t] for part in cache] for cache in caches]
-    ways = {"cached": lambda: model.step(rows, t, caches), "full forward": lambda: model(tokens, 0 * rows),
-            "grown": lambda: grown_by_concatenation(model, rows, t, [list(cache) for cache in past])}
+    tokens = rows[:, None].expand(-1, t)
+    ways = {"cached": lambda: model.step(rows, t, caches), "full forward": lambda: model(tokens, 0 * rows)}
     times = {name: 1000 * seconds(way) for name, way in ways.items()}
     if device.type == "cuda":
         whole = seconds(lambda: model.generate(0 * rows[:batch], compiled=True))

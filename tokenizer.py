@@ -1,11 +1,12 @@
 """The AliTok tokenizer: a picture to N integers and back (arXiv 2506.05289).
 
 Notable:
-- The encoder writes N = g*g + g + 1 tokens for g x g patches: g + 1 prefix tokens, then one per patch.
+- The encoder writes N = P + g*g tokens for g x g patches: P = g + 1 prefix tokens, then one per patch.
 - Stage 1 decodes them causally: patch i is painted from tokens <= i alone, so the gradient penalises a token
   that needs a later one. The first row has no history; the prefix gives it one. The prefix outputs paint a
   strip (the first patch, then the first row), which makes the prefix carry that row.
-- Stage 2 (`swap_decoder`) freezes all that decides a token id and trains a bidirectional decoder.
+- Stage 2 (`swap_decoder`) freezes all that decides a token id and trains a bidirectional decoder, which
+  starts from the causal one.
 - Codes that no latent uses are brought back by online clustering (CVQ), with statistics shared by all ranks.
 
 In shapes: B images, g patches a side, p pixels a patch, P prefix tokens, N tokens, K codes of D numbers.
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, generation_order, load_checkpoint, load_weights
+from data import InputError, generation_order, load_checkpoint, load_fitting, load_weights
 
 @dataclass
 class TokenizerConfig:
@@ -28,7 +29,7 @@ class TokenizerConfig:
     patch_size: int = 16
     encoder: str = "bidirectional"   # or "causal", see `causal_encoder_mask`
     decoder: str = "causal"          # "bidirectional" in stage 2, and in an ordinary tokenizer
-    prefix: bool = True              # False: no prefix tokens and no strip, for comparison
+    prefix_tokens: int | None = None     # None: g + 1. Also g (no first patch in the strip), or 0 (no strip)
     encoder_width: int = 768
     encoder_depth: int = 12
     decoder_width: int = 1024
@@ -44,16 +45,17 @@ class TokenizerConfig:
             raise InputError(f"image size {self.image_size} is no multiple of patch size {self.patch_size}")
         if self.codebook_size < 2:
             raise InputError(f"a codebook needs at least 2 entries, found {self.codebook_size}")
+        if self.prefix_tokens is None:
+            self.prefix_tokens = self.grid + 1
+        if self.prefix_tokens not in (0, self.grid, self.grid + 1):
+            raise InputError(f"a grid of {self.grid} x {self.grid} patches takes 0, {self.grid} or "
+                             f"{self.grid + 1} prefix tokens, found {self.prefix_tokens}")
         if not generation_order(self.grid).sort().values.equal(torch.arange(self.grid ** 2)):
             raise InputError("generation_order must name every patch of the grid exactly once")
 
     @property
     def grid(self):
         return self.image_size // self.patch_size
-
-    @property
-    def prefix_tokens(self):
-        return self.grid + 1 if self.prefix else 0
 
     @property
     def num_tokens(self):
@@ -120,7 +122,8 @@ def own_patches(config):
     """For each of the N latents the patch that it paints, as row * g + column. Prefix: the first patch, then
     the first g in the order of generation (by default the first row). Image tokens: every patch."""
     order = generation_order(config.grid)
-    return torch.cat([order[:1], order[:config.grid], order]) if config.prefix else order
+    strip = torch.cat([order[:1], order[:config.grid]])
+    return torch.cat([strip[len(strip) - config.prefix_tokens:], order])     # fewer tokens: the first ones go
 
 def causal_encoder_mask(config):
     """Who sees whom in a causal encoder: (T, T) bool, T = g*g patches, then N latents. True: row sees column.
@@ -182,7 +185,7 @@ class Quantizer(nn.Module):
             codes = self.codes(tokens)
             # Codes always follow the latents; latents are held to codes as far as the decoder sees codes.
             loss = F.mse_loss(codes, z.detach()) + blend * self.COMMITMENT * F.mse_loss(z, codes.detach())
-            if self.training and torch.is_grad_enabled():
+            if self.training and self.codebook.requires_grad:                # stage 1, the GAN phase included
                 self.observe(z.detach().flatten(0, 1), tokens.flatten(), distances)
             return z + blend * (codes - z).detach(), tokens, loss
 
@@ -272,7 +275,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, c.head_dim) for _ in range(c.decoder_depth))
         self.ln_post = nn.LayerNorm(width)
         self.image_head = PixelHead(width, c.patch_size)
-        self.strip_head = PixelHead(width, c.patch_size) if self.causal and c.prefix else None
+        self.strip_head = PixelHead(width, c.patch_size) if self.causal and c.prefix_tokens else None
         place = c.prefix_tokens + generation_order(c.grid).argsort()
         self.register_buffer("place", place, persistent=False)              # the token that paints each patch
         init_weights(self, c.init)
@@ -290,7 +293,7 @@ class Decoder(nn.Module):
         return image, strip
 
 def strip_target(images, model):
-    """What the prefix tokens paint, (B, 3, p, P*p): the first patch, then the first row."""
+    """What the P prefix tokens paint, (B, 3, p, P*p), see `own_patches`."""
     p = model.config.patch_size
     patches = images.unfold(2, p, p).unfold(3, p, p).flatten(2, 3)                         # (B, 3, g*g, p, p)
     strip = patches[:, :, model.encoder.own_patches[:model.config.prefix_tokens]]
@@ -344,14 +347,18 @@ class Tokenizer(nn.Module):
                              "train_tokenizer.py made, without --decoder bidirectional")
         return decoder
 
-    def swap_decoder(self):
-        """Stage 2: a new bidirectional decoder. Encoder and codebook are frozen, so token ids stay."""
+    def swap_decoder(self, cold=False):
+        """Stage 2: a bidirectional decoder. Encoder and codebook are frozen, so token ids stay. As in the
+        released code it starts from the tensors of the old decoder that fit: from a causal one all but
+        buffer tokens and positions. cold: it starts anew, as in the paper's words."""
         self.stage = 2
         self.requires_grad_(False)
-        if self.decoder.causal:
-            self.causal_decoder = self.decoder
-        self.config = replace(self.config, decoder="bidirectional")
+        old, self.config = self.decoder, replace(self.config, decoder="bidirectional")
+        if old.causal:
+            self.causal_decoder = old
         self.decoder = Decoder(self.config).to(self.encoder.latent_tokens.device)
+        if not cold:
+            load_fitting(self.decoder, old.state_dict())
         return self
 
     def fingerprint(self):
@@ -396,6 +403,7 @@ RELEASED_NAMES = {
     "encoder.latent_token_positional_embedding": "encoder.latent_positions",
     "encoder.conv_out": "encoder.to_latent",
     "quantize.embedding.weight": "quantizer.codebook",
+    "quantize.embed_prob": "quantizer.usage",                 # only in training checkpoints
     "decoder.decoder_embed": "decoder.from_latent",
     "decoder.class_embedding": "decoder.buffer_tokens",
     "decoder.latent_token_positional_embedding": "decoder.positions",
@@ -422,21 +430,22 @@ def from_released(released):
         if name.endswith(("to_latent.weight", "head.proj.weight")):
             value = value.flatten(1)                          # a 1 x 1 convolution there, a linear layer here
         state[name] = value
-    causal = "decoder.strip_head.proj.weight" in state
     try:
         codes, dim = state["quantizer.codebook"].shape
         encoder_width, _, patch, _ = state["encoder.patch_embed.weight"].shape
         buffer_tokens, decoder_width = state["decoder.buffer_tokens"].shape
         grid = math.isqrt(len(state["encoder.patch_positions"]))
+        prefix_tokens = len(state["encoder.latent_tokens"]) - grid ** 2
     except (KeyError, ValueError) as error:
         raise InputError(f"this released tokenizer does not fit the model: {error}") from None
     encoder_depth, decoder_depth = (
         sum(name.startswith(part) and name.endswith("ln_1.bias") for name in state)
         for part in ("encoder.blocks", "decoder.blocks"))
+    causal = buffer_tokens == 1
     config = dict(image_size=grid * patch, patch_size=patch, decoder="causal" if causal else "bidirectional",
-                  encoder_width=encoder_width, encoder_depth=encoder_depth, decoder_width=decoder_width,
-                  decoder_depth=decoder_depth, codebook_size=codes, codebook_dim=dim,
-                  buffer_tokens=32 if causal else buffer_tokens)
+                  prefix_tokens=prefix_tokens, encoder_width=encoder_width, encoder_depth=encoder_depth,
+                  decoder_width=decoder_width, decoder_depth=decoder_depth, codebook_size=codes,
+                  codebook_dim=dim, buffer_tokens=32 if causal else buffer_tokens)
     return {"config": config, "model": {"quantizer.usage": torch.zeros(codes), **state}}
 
 def load_tokenizer(path, device="cpu"):

@@ -1,26 +1,29 @@
 """Train the AliTok AR model on the tokens of a trained tokenizer.
 
     python train_ar.py                                            # finds out/tokenizer.pt, a CPU is enough
-    torchrun --nproc_per_node=8 train_ar.py --preset B --data imagenet/train --val-data imagenet/val
+    torchrun --nproc_per_node=8 train_ar.py --preset B --ten-crop --data train --val-data val
+    python train_ar.py --init alitok_b.bin --tokenizer AliTok.pth --data photos/train      # fine-tuning
 
 Builds the token cache in --cache when it is missing. Writes to --out: ar_state.pt (training state, --resume
 goes on from it), ar.pt (the finished model), log.jsonl and pictures/.
 """
+import math
 from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 
 import data
-from ar_model import PRESETS, ARConfig, ARModel, image_uniforms
+from ar_model import PRESETS, ARConfig, ARModel, image_uniforms, load_ar, start_from
 from tokenizer import load_tokenizer
 
 PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_500)
 RECIPES = {
     "tiny": dict(steps=9000, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
     "B": PAPER, "L": PAPER, "XL": {**PAPER, "steps": 250_000},
+    "init": dict(steps=1000, batch_size=32, lr=2e-4, final_lr=1e-5, warmup=100),       # ours
 }
-BETAS, WEIGHT_DECAY = (0.9, 0.96), 0.03
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.96), 0.03, 1.0
 
 def drop_classes(classes, keys, probability, seed, n, null):
     """Classes (B,) -> (B,): each key (epoch, index) loses its class to `null` with this probability."""
@@ -60,15 +63,19 @@ def train(model, tokenizer, caches, classes, args, device):
     fixed = {name: getattr(args, name) for name in [*data.FIXED, "class_dropout"]} | asdict(config)
     fixed["tokenizer"] = fingerprint
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    optimizer = data.adamw(model, lambda name, p: p.ndim > 1 and not name.startswith("embeddings"),
-                           args.lr, BETAS, WEIGHT_DECAY)
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and not name.startswith("embeddings")
+        (matrices if decays else others).append(parameter)
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
     def save(name, state, **more):
         data.save_checkpoint(f"{args.out}/{name}", kind="ar", config=asdict(config), model=state,
                              classes=classes, tokenizer=fingerprint, **more)
 
     start, skipped = 0, 0
-    state = data.load_training_state(path, "ar", fixed) if args.resume else None
+    state = data.load_training_state(path, "ar", fixed, args.steps) if args.resume else None
     if state:
         start, skipped = state["step"], state["skipped"]
         model.load_state_dict(state["model"])
@@ -105,7 +112,7 @@ def train(model, tokenizer, caches, classes, args, device):
             sums["loss"] += loss.detach() / args.accum
             sums["accuracy"] += (logits.argmax(-1) == tokens).float().mean() / args.accum
 
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         if norm.isfinite():
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -153,10 +160,13 @@ def parse_args():
     add("--class-dropout", type=data.from_0_to_1, default=0.1,
         help="share of pictures that train the null class (%(default)s)")
     data.add_run_arguments(parser)
-    parser.set_defaults(**RECIPES[known.preset], **PRESETS[known.preset])
+    recipe, shape, start = RECIPES[known.preset], PRESETS[known.preset], None
+    if known.init_from:
+        start = load_ar(known.init_from)
+        recipe, shape = RECIPES["init"], {name: getattr(start.config, name) for name in shape}
+    parser.set_defaults(**recipe, **shape, clip=CLIP, start=start)
     args = parser.parse_args()
-    preset = PRESETS[args.preset]
-    head_dim = preset["width"] // preset["heads"]
+    head_dim = shape["width"] // shape["heads"]
     if args.width % head_dim:
         parser.error(f"--width must be a multiple of {head_dim}, the size of a head, found {args.width}")
     args.heads = args.width // head_dim
@@ -169,13 +179,16 @@ def main():
         data.refuse_overwrite([f"{args.out}/ar_state.pt", f"{args.out}/ar.pt"])
     tokenizer = load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device)
     train_set, val_set = data.open_data(args, tokenizer.config.image_size, args.ten_crop)
-    shape = {name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix")}
-    shape |= {name: getattr(args, name) for name in PRESETS[args.preset]}
+    shape = {name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix_tokens")}
+    shape |= {name: getattr(args, name) for name in PRESETS["tiny"]}
     config = ARConfig(num_classes=len(train_set.classes), **shape)
     caches = [data.TokenCache(f"{args.cache or args.out + '/tokens'}/{split}", dataset, tokenizer, device,
                               args.workers) for split, dataset in (("train", train_set), ("val", val_set))]
     torch.manual_seed(args.seed)
-    model = ARModel(config).to(device)
+    model = ARModel(config)
+    if args.start:
+        start_from(model, args.start, train_set.classes)
+    model.to(device)
     train(model, tokenizer, caches, train_set.classes, args, device)
 
 if __name__ == "__main__":

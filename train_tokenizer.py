@@ -8,6 +8,8 @@ Writes to --out: tokenizer_stage1.pt and tokenizer_stage2.pt (training states, -
 tokenizer.pt (the finished model of the last stage), log.jsonl, pictures/.
 """
 import itertools
+import math
+import os
 from dataclasses import asdict, fields, replace
 from typing import NamedTuple
 
@@ -36,18 +38,20 @@ PAPER = [
     Phase("perceptual", 200_000, 1e-4, 2e-5, quantizer=1.0, perceptual=1.0),
     Phase("gan", 100_000, 2e-5, 2e-6, quantizer=1.0, perceptual=1.0, gan=0.1 * 0.05)]
 
-# batch_size: over all ranks. warmup: steps at the start of either stage, a tenth of it at most.
-# discriminator: channels of its first layer. blend_between: shares of stage 1 between which quantization is
-# blended in; before, the decoder sees the latents themselves.
+# batch_size: over all ranks. warmup: steps at the start of a new decoder, a tenth of the stage at most. clip:
+# largest gradient norm, 0 is no limit. blend_between: shares of stage 1 between which quantization is blended
+# in; before, the decoder sees the latents themselves. discriminator: channels of its first layer.
 RECIPES = {
     # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the
     # first step keeps so small a model from finding out where in the picture a token belongs.
     "tiny": dict(
-        batch_size=16, warmup=100, betas=(0.9, 0.95), blend_between=(0.2, 0.35), discriminator=32,
+        batch_size=16, warmup=100, betas=(0.9, 0.95), weight_decay=1e-4, clip=1.0,
+        blend_between=(0.2, 0.35), discriminator=32,
         stages=[[Phase("pixels", 6000, 1e-3, 1e-5, quantizer=0.1)], [Phase("pixels", 4000, 2e-3, 2e-5)]]),
-    # As published, for 8 GPUs of 48 images each; betas are ours, and so is clipping.
+    # The released code's: PyTorch's AdamW as it is, 48 images a GPU. Here for 8 GPUs; see README.
     "paper": dict(
-        batch_size=384, warmup=10_000, betas=(0.9, 0.95), blend_between=(0.0, 0.0), discriminator=128,
+        batch_size=384, warmup=10_000, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0,
+        blend_between=(0.0, 0.0), discriminator=128,
         stages=[PAPER, [PAPER[0], PAPER[1]._replace(steps=150_000), PAPER[2]]]),
 }
 STRIP_WEIGHT, DISCRIMINATOR_WEIGHT = 10, 0.1                                 # the paper's
@@ -72,37 +76,40 @@ def blend_at(progress, start, end):
 # ---- Losses --------------------------------------------------------------------------------------
 
 class Discriminator(nn.Module):
-    """PatchGAN, blurred before halving: images (B, 3, H, W) -> logits (B, 1, h, w), high for real patches."""
+    """The released code's PatchGAN: images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16), high for real."""
     def __init__(self, channels):
         super().__init__()
-        widths = [channels, channels, 2 * channels, 4 * channels]       # doubling after the first stage: ours
-        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        widths = [channels, channels, 2 * channels, 4 * channels]
+        self.stem = nn.Conv2d(3, channels, 5, padding=2)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.GroupNorm(32, width) for width in widths[1:])
+        self.mix = nn.Conv2d(widths[-1], widths[-1], 1)
         self.to_logits = nn.Conv2d(widths[-1], 1, 5, padding=2)
         binomial = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
         self.register_buffer("blur", binomial[:, None] * binomial, persistent=False)
 
     def downsample(self, x):
-        """(B, C, H, W) -> (B, C, H/2, W/2): every second pixel, after the binomial filter."""
-        kernel = self.blur.to(x.dtype).expand(x.shape[1], 1, 4, 4)
-        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
+        """(B, C, H, W) -> (B, C, H/2, W/2), rounded up: every second pixel, after the binomial filter."""
+        B, C, H, W = x.shape
+        x = F.pad(x, (1, 1 + W % 2, 1, 1 + H % 2))
+        return F.conv2d(x, self.blur.expand(C, 1, 4, 4), stride=2, groups=C)
 
     def forward(self, images):
-        x = F.leaky_relu(self.stem(2 * images - 1), 0.1)
+        x = F.leaky_relu(self.stem(images), 0.1)
         for conv, norm in zip(self.convs, self.norms):
             x = F.leaky_relu(norm(self.downsample(conv(x))), 0.1)
-        return self.to_logits(F.adaptive_max_pool2d(x, (min(16, x.shape[2]), min(16, x.shape[3]))))
+        x = F.adaptive_max_pool2d(x, 16)
+        return self.to_logits(F.leaky_relu(self.mix(x), 0.1))
 
 def hinge_loss(real, painted):
-    """The discriminator's loss on logits (B, 1, h, w) of real and painted images; their mean is ours."""
-    return (F.relu(1 - real.float()).mean() + F.relu(1 + painted.float()).mean()) / 2
+    """The discriminator's loss on logits (B, 1, 16, 16) of real and painted images."""
+    return (F.relu(1 - real).mean() + F.relu(1 + painted).mean()) / 2
 
 def perceptual_loss(convnext, painted, images):
     """Mean squared difference of the ImageNet logits of images (B, 3, H, W); true ones need no gradient."""
     with torch.no_grad():
         target = convnext(images)
-    return F.mse_loss(convnext(painted).float(), target.float())
+    return F.mse_loss(convnext(painted), target)
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
@@ -137,28 +144,36 @@ def encoder_learns(model):
 def train_stage(model, train, val, args, judges, stop_flag, device):
     """Train stage `model.stage` in place, from wherever --resume finds its state, to its last step."""
     stage, config = model.stage, model.config
-    run, path = f"tokenizer stage {stage}", f"{args.out}/tokenizer_stage{stage}.pt"
+    paths = [f"{args.out}/tokenizer_stage{k}.pt" for k in (1, 2)]
+    run, path = f"tokenizer stage {stage}", paths[stage - 1]
     phases, steps = args.phases[stage - 1], args.steps[stage - 1]
     schedule = [(phase, phase_step) for phase in phases for phase_step in range(phase.steps)]
-    fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judged_by"]} | asdict(config)
+    fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judged_by"]}
     order = data.generation_order(config.grid).tolist()
-    fixed |= {"files": train.files, "order": order}
-    strip_weight = STRIP_WEIGHT * (config.grid + 1) / config.grid ** 2       # by the strip's share of patches
+    warm = stage == 2 and not args.cold_swap
+    fixed |= {"files": train.files, "order": order, "warm": warm, **asdict(config)}
+    strip_weight = STRIP_WEIGHT * config.prefix_tokens / config.grid ** 2    # by the strip's share of patches
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     discriminator = Discriminator(args.discriminator).to(device)
     optimizer, disc_optimizer = (
-        data.adamw(net, lambda name, p: p.ndim > 1, args.lr, args.betas, weight_decay=1e-4)            # ours
+        torch.optim.AdamW(net.parameters(), args.lr, args.betas, weight_decay=args.weight_decay, fused=True)
         for net in (model, discriminator))
     parts = dict(model=model, optimizer=optimizer, discriminator=discriminator, disc_optimizer=disc_optimizer)
 
     start, skipped, losses = 0, 0, {}
-    state = data.load_training_state(path, "tokenizer", fixed) if args.resume else None
+    state = data.load_training_state(path, "tokenizer", fixed, steps) if args.resume else None
     if state:
         start, skipped, losses = state["step"], state["skipped"], state["losses"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
+    elif warm and os.path.exists(paths[0]):
+        before = data.load_checkpoint(paths[0], "tokenizer")
+        data.load_weights(discriminator, before["discriminator"], paths[0])
     if start == steps:
         return
+    if stage == 1 and start and os.path.exists(paths[1]):
+        raise InputError(f"stage 2 in {args.out} has begun on stage 1 as it was after {start} steps; "
+                         f"give --steps {start} {args.steps[1]}, or start anew in another --out")
     if args.grad_checkpoint:
         data.checkpoint_blocks(model.decoder.blocks)
         if stage == 1:
@@ -174,7 +189,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     model.train()
     for step in progress:
         phase, phase_step = schedule[step]
-        warmup = min(args.warmup, steps // 10) if phase is phases[0] else 0
+        warmup = 0 if warm or phase is not phases[0] else min(args.warmup, steps // 10)
         lr = data.learning_rate(phase_step, phase.steps, warmup, phase.lr, phase.final_lr)
         blend = blend_at(step / steps, *args.blend_between) if stage == 1 else 1.0
 
@@ -188,40 +203,41 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         for micro in range(args.accum):
             images = data.to_float(next(batches)[0], device)
             ddp_net.require_backward_grad_sync = micro + 1 == args.accum      # exchange gradients once a step
-            with autocast:
-                if net is discriminator:
-                    with torch.no_grad():
-                        painted, _, _ = model(images, blend)
-                    real_logits, painted_logits = ddp_net(torch.cat([images, painted])).chunk(2)
-                    terms = {"discriminator": hinge_loss(real_logits, painted_logits)}
-                    loss = DISCRIMINATOR_WEIGHT * terms["discriminator"]
-                else:
+            # The tokenizer may compute in bfloat16; all losses and their networks compute in float32.
+            if net is discriminator:
+                with torch.no_grad(), autocast:
+                    painted, _, _ = model(images, blend)
+                real_logits, painted_logits = ddp_net(torch.cat([images, painted])).chunk(2)
+                terms = {"discriminator": hinge_loss(real_logits, painted_logits)}
+                loss = DISCRIMINATOR_WEIGHT * terms["discriminator"]
+            else:
+                with autocast:
                     painted, strip, quantizer_loss = ddp_net(images, blend)
-                    terms = {"mse": F.mse_loss(painted, images)}
-                    loss = terms["mse"]
-                    if strip is not None:
-                        terms["strip"] = F.mse_loss(strip, strip_target(images, model))
-                        loss = loss + strip_weight * terms["strip"]
-                    if stage == 1:
-                        terms["quantizer"] = quantizer_loss
-                        loss = loss + phase.quantizer * quantizer_loss
-                    if phase.perceptual:
-                        terms["perceptual"] = perceptual_loss(judges["convnext"], painted, images)
-                        loss = loss + phase.perceptual * terms["perceptual"]
-                    if phase.lpips:
-                        terms["lpips"] = judges["lpips"](painted, images).mean()
-                        loss = loss + phase.lpips * terms["lpips"]
-                    if phase.gan:
-                        terms["gan"] = -discriminator(painted).float().mean()
-                        loss = loss + phase.gan * terms["gan"]
-                    terms["loss"] = loss
+                terms = {"mse": F.mse_loss(painted, images)}
+                loss = terms["mse"]
+                if strip is not None:
+                    terms["strip"] = F.mse_loss(strip, strip_target(images, model))
+                    loss = loss + strip_weight * terms["strip"]
+                if stage == 1:
+                    terms["quantizer"] = quantizer_loss
+                    loss = loss + phase.quantizer * quantizer_loss
+                if phase.perceptual:
+                    terms["perceptual"] = perceptual_loss(judges["convnext"], painted, images)
+                    loss = loss + phase.perceptual * terms["perceptual"]
+                if phase.lpips:
+                    terms["lpips"] = judges["lpips"](painted, images).mean()
+                    loss = loss + phase.lpips * terms["lpips"]
+                if phase.gan:
+                    terms["gan"] = -discriminator(painted).mean()
+                    loss = loss + phase.gan * terms["gan"]
+                terms["loss"] = loss
             (loss / args.accum).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / args.accum
         # In a GAN phase the log also shows what the other network had last.
         losses = {**losses, **sums} if phase_step > 0 else sums
 
-        norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
         if norm.isfinite():
             if stage == 1 and net is model and not encoder_learns(model):
                 raise RuntimeError("no gradient reaches the encoder: does Quantizer.forward pass it on?")
@@ -232,7 +248,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         else:
             skipped, bad_in_row[net] = skipped + 1, bad_in_row[net] + 1
             data.check_bad_steps(bad_in_row[net], path)
-        if stage == 1 and net is model:
+        if stage == 1:
             model.quantizer.after_step(stepped=bad_in_row[net] == 0)
         active.zero_grad()
 
@@ -260,26 +276,34 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
 def parse_args():
     parser, known = data.preset_parser(
         __doc__, PRESETS, ("--recipe", dict(choices=RECIPES, help="phases and losses (the preset's)")))
-    recipe_name = known.recipe or ("tiny" if known.preset == "tiny" else "paper")
-    recipe = RECIPES[recipe_name]
+    start = load_tokenizer(known.init_from) if known.init_from else None
+    shape = start.config if start else PRESETS[known.preset]
+    recipe_name = known.recipe or ("tiny" if shape.init == "narrow" else "paper")
+    recipe, shape = dict(RECIPES[recipe_name]), asdict(shape) | {"decoder": "causal"}
+    if start:
+        recipe["blend_between"] = (0.0, 0.0)                  # its decoder knows codes already
+    else:
+        shape["prefix_tokens"] = None                         # follows --image-size and --patch-size
     whole = [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
     lr = recipe["stages"][0][0].lr
     add = parser.add_argument
     add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="(%(default)s)")
-    add("--stage", choices=["1", "2", "both"], default="both", help="2 starts from tokenizer.pt in --out")
+    add("--stage", choices=["1", "2", "both"], default="both",
+        help="2 starts from tokenizer_stage1.pt in --out, or from --init")
     add("--encoder", choices=["bidirectional", "causal"], help="(%(default)s)")
     add("--decoder", choices=["causal", "bidirectional"],
         help="of stage 1; bidirectional makes an ordinary tokenizer, for comparison (%(default)s)")
     add("--image-size", type=data.positive, help="(%(default)s)")
     add("--patch-size", type=data.positive, help="(%(default)s)")
     add("--codebook-size", type=data.positive, help="(%(default)s)")
-    add("--no-prefix", dest="prefix", action="store_false", help="no prefix tokens, no strip, for comparison")
+    add("--prefix-tokens", type=data.natural, help="0, g or g + 1 for g patches a side (g + 1)")
+    add("--no-prefix", dest="prefix_tokens", action="store_const", const=0, help="no prefix, no strip")
+    add("--cold-swap", action="store_true", help="stage 2 starts decoder and discriminator anew")
     add("--vision-weights", metavar="FOLDER", help="with the files of the networks behind perceptual losses "
         "(downloaded once), or 'random', for trials")
     add("--no-perceptual", dest="perceptual", action="store_false", help="no ConvNeXt and LPIPS losses")
     data.add_run_arguments(parser)
-    shape = asdict(PRESETS[known.preset])
-    parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr)
+    parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr, start=start)
     args = parser.parse_args()
     args.phases = [plan(phases, count, args.lr / lr, args.perceptual)
                    for phases, count in zip(args.stages, args.steps)]
@@ -290,8 +314,6 @@ def main():
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
     device = data.start(args)
     phases = args.phases[0] + args.phases[1]
-    if config.image_size < 16 and any(phase.gan for phase in phases):
-        raise InputError(f"the discriminator needs images of 16 pixels at least, found {config.image_size}")
     train, val = data.open_data(args, config.image_size)
     stages = [1, 2] if args.stage == "both" else [int(args.stage)]
     if not args.resume:
@@ -310,16 +332,21 @@ def main():
     stop_flag = data.StopFlag()
     if 1 in stages:
         torch.manual_seed(args.seed)
-        model = Tokenizer(config).to(device)
+        model = Tokenizer(config)
+        if args.start:
+            data.load_fitting(model, args.start.state_dict())
+            data.load_fitting(model.decoder, (args.start.causal_decoder or args.start.decoder).state_dict())
+        model.to(device)
         train_stage(model, train, val, args, judges, stop_flag, device)
         save_model()
     else:
-        model = load_tokenizer(f"{args.out}/tokenizer.pt", device)
+        path = args.init_from or f"{args.out}/tokenizer_stage1.pt"
+        model = load_tokenizer(path, device)
         if replace(model.config, decoder=config.decoder) != config:
-            raise InputError(f"{args.out}/tokenizer.pt has another shape than these flags: {model.config}")
+            raise InputError(f"{path} has another shape than these flags: {model.config}")
     if 2 in stages:
         torch.manual_seed(args.seed + 1)
-        model.swap_decoder()
+        model.swap_decoder(args.cold_swap)
         train_stage(model, train, val, args, judges, stop_flag, device)
         save_model()
     data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --data, --val-data and --out")

@@ -444,8 +444,7 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or not math.isfinite(value):
-            limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, found {text}")
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, found {text}")
         return value
 
     parse.__name__ = kind.__name__            # argparse names it where kind(text) fails
@@ -457,21 +456,19 @@ DEVICE = dict(choices=["auto", "cpu", "cuda", "mps"], default="auto")
 WORKERS = dict(type=natural, help="reading processes per rank (8 with a GPU, else 0)")
 above_zero, at_least_zero, from_0_to_1 = number(float, 1e-12), number(float, 0), number(float, 0, 1)
 
-def preset_parser(doc, presets, *arguments):
-    """-> a parser, and --preset, --init and more `arguments`, (flag, options), read first for defaults."""
-    first = argparse.ArgumentParser(add_help=False)
-    shape = first.add_mutually_exclusive_group()
+def preset_parser(doc, presets):
+    """A parser of --preset and --init, which are read first: they decide the defaults of the other flags."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, add_help=False)
+    shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and its recipe")
     shape.add_argument("--init", dest="init_from", metavar="CHECKPOINT",
                        help="fine-tune this model, of ours or a released one")
-    for flag, options in arguments:
-        first.add_argument(flag, **options)
-    known, _ = first.parse_known_args()
-    return argparse.ArgumentParser(description=doc, parents=[first], formatter_class=HelpFormatter), known
+    return parser
 
 def add_run_arguments(parser):
     """The flags of both trainers. --batch-size, --lr, --warmup and --clip get defaults from the recipe."""
     add = parser.add_argument
+    add("-h", "--help", action="help", help="show this and exit")
     add("--data", default="shapes", help="'shapes', the built-in pictures, or a folder of class folders")
     add("--val-data", help="validation folder; without it every 20th image of --data is held out")
     add("--out", default="out", help="folder for checkpoints, log and pictures (%(default)s)")
@@ -534,8 +531,6 @@ def start(args):
             raise InputError("several processes can't share an Apple GPU; give --device cpu, or no torchrun")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            if device.index >= torch.cuda.device_count():
-                raise InputError(f"{torch.cuda.device_count()} GPUs are too few: lower --nproc_per_node")
             torch.cuda.set_device(device)
         # gloo for what need not wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)

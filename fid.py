@@ -15,7 +15,6 @@ Notable:
 - ConvNeXt and LPIPS, which the tokenizer's losses use, stand here too: one table of files, one loader.
 """
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -66,13 +65,6 @@ def find_weights(name, place=None):
                              "without, for trials)") from None
     data.barrier()
     return path
-
-@contextlib.contextmanager
-def seed_0():
-    """In here random numbers are of seed 0; a training run's own stay as they are."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 # ---- Inception of 2015-12-05. Modules bear the names that the weights file gives them. -----------
 
@@ -183,11 +175,11 @@ def prepare(images):
 def load_inception(place=None, device=torch.device("cpu")):
     """The network, frozen. `origin` says whose figures these are: how the file's sha256 begins, or "random".
     place: a weights file, "random" (seeded, to try things offline), or None for the published weights."""
-    with seed_0():
-        net = Inception().requires_grad_(False)
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    torch.manual_seed(0)
+    net = Inception().requires_grad_(False)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     net.origin = "random"
     if place != "random":
         path = find_weights("inception", place)
@@ -199,15 +191,10 @@ def load_inception(place=None, device=torch.device("cpu")):
 
 # ---- ConvNeXt-S and LPIPS. Modules bear the names that torchvision's weight files give them.
 
-class Normalize(nn.Module):
-    """Images in [0, 1] -> images of mean 0 and deviation 1 in each channel, over ImageNet."""
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-
-    def forward(self, images):
-        return (images - self.mean) / self.std
+def normalize(images):
+    """Images (B, 3, H, W) in [0, 1] -> of mean 0 and deviation 1 in each channel, over ImageNet."""
+    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    return (images - mean) / std
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, H, W)."""
@@ -237,12 +224,12 @@ class ConvNeXt(nn.Module):
                 halving = nn.Conv2d(width // 2, width, 2, stride=2)
                 layers.append(nn.Sequential(ChannelNorm(width // 2, eps=1e-6), halving))
             layers.append(nn.Sequential(*(ConvNeXtBlock(width) for _ in range(depth))))
-        self.normalize, self.features = Normalize(), nn.Sequential(*layers)
+        self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(ChannelNorm(768, eps=1e-6), nn.Flatten(), nn.Linear(768, 1000))
 
     def forward(self, images):
         images = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
-        return self.classifier(self.features(self.normalize(images)).mean((2, 3), keepdim=True))
+        return self.classifier(self.features(normalize(images)).mean((2, 3), keepdim=True))
 
 class LPIPS(nn.Module):
     """LPIPS with VGG16 (arXiv 1801.03924): two batches of images (B, 3, H, W) in [0, 1] -> distances (B,)."""
@@ -255,11 +242,11 @@ class LPIPS(nn.Module):
                 channels = width
             self.ends.append(len(layers) - 1)
             layers.append(nn.MaxPool2d(2))
-        self.normalize, self.features = Normalize(), nn.Sequential(*layers[:-1])
+        self.features = nn.Sequential(*layers[:-1])
         self.lin = nn.ParameterList(torch.rand(1, width, 1, 1) for width in (64, 128, 256, 512, 512))
 
     def forward(self, a, b):
-        x, distance = self.normalize(torch.cat([a, b])), 0
+        x, distance = normalize(torch.cat([a, b])), 0
         for k, layer in enumerate(self.features):
             x = layer(x)
             if k in self.ends:
@@ -272,8 +259,8 @@ def load_judges(place, device):
     """{"convnext": ConvNeXt, "lpips": LPIPS}, frozen, with public weights from the folder `place` or
     downloaded. "random" gives seeded stand-ins. InputError when a file is missing, damaged or of another
     network."""
-    with seed_0():
-        judges = {"convnext": ConvNeXt(), "lpips": LPIPS()}
+    torch.manual_seed(0)
+    judges = {"convnext": ConvNeXt(), "lpips": LPIPS()}
     if place != "random":
         paths = [find_weights(name, place) for name in ("convnext", "vgg", "lpips")]
         convnext, vgg, lins = map(data.read_torch, paths)
@@ -452,8 +439,6 @@ def psnr(a, b):
 def ssim(a, b):
     """Structural similarity of each pair of images in [0, 1]: (B, 3, H, W) twice -> (B,). Wang et al.'s:
     Gaussian window 11 x 11 of sigma 1.5 within the image, K 0.01 and 0.03, averaged over RGB."""
-    if min(a.shape[2:]) < 11:
-        raise InputError(f"SSIM needs images of 11 pixels a side at least, found {tuple(a.shape[2:])}")
     line = torch.exp(-torch.arange(-5.0, 6.0, device=a.device).square() / (2 * 1.5 ** 2))
     window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
 

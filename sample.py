@@ -93,8 +93,7 @@ def paint_npz(model, tokenizer, args, device, weights):
     if os.path.exists(args.npz):
         raise InputError(f"{args.npz} is there already; name another file or remove it")
     if n % classes:
-        raise InputError(f"--num-images {n} is not a multiple of the {classes} classes; choose "
-                         f"{max(1, n // classes) * classes}")
+        raise InputError(f"--num-images must be a multiple of {classes}, the number of classes; found {n}")
     settings = [getattr(args, name) for name in ("num_images", "seed", "dtype", *SAMPLING)]
     settings += [data.file_digest(path) for path in weights]
     part = f"{args.npz}.{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
@@ -200,8 +199,6 @@ def reconstruct(tokenizer, args, device):
 
 # -----------------------------------------------------------------------------
 
-SMALL = 30_000_000         # parameters: below, a CPU is not bound by reading them, and bfloat16 gains nothing
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     task = parser.add_mutually_exclusive_group()
@@ -229,6 +226,7 @@ def parse_args():
     add("--ar", help="AR checkpoint (likewise)")
     add("--png", help="the grid's file name (default: in --out, after what it shows)")
     data.add_device_arguments(parser)
+    parser.set_defaults(dtype="float32")      # guidance magnifies the rounding of bfloat16
     args = parser.parse_args()
     needs_class = not (args.npz or args.reconstruct)
     if needs_class != bool(args.classes) and not args.image:
@@ -248,8 +246,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    dtype_is_auto = args.dtype == "auto"
     device = data.start(args)
+    torch.backends.cuda.matmul.allow_tf32 = True              # as the authors sample
     weights = find_models(args)
     tokenizer = load_tokenizer(weights[0], device)
     if args.paint or args.image:
@@ -263,10 +261,6 @@ def main():
         if (any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in shared)
                 or model.tokenizer not in (None, tokenizer.fingerprint())):
             raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
-        small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
-        if dtype_is_auto and (small or device.type != "cpu"):
-            args.dtype = "float32"
-        torch.backends.cuda.matmul.allow_tf32 = True              # as the authors sample
         if args.dtype == "bfloat16":
             model.to_bfloat16()
         ids = [class_id(word, model) for word in args.classes]

@@ -43,8 +43,6 @@ class TokenizerConfig:
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise InputError(f"image size {self.image_size} is no multiple of patch size {self.patch_size}")
-        if self.codebook_size < 2:
-            raise InputError(f"a codebook needs at least 2 entries, found {self.codebook_size}")
         if self.prefix_tokens is None:
             self.prefix_tokens = self.grid + 1
         if self.prefix_tokens not in (0, self.grid, self.grid + 1):

@@ -148,7 +148,8 @@ def train(model, tokenizer, caches, classes, args, device):
     data.say(f"wrote {args.out}/ar.pt; next: python sample.py --class 0, with the same --out")
 
 def parse_args():
-    parser, known = data.preset_parser(__doc__, PRESETS)
+    parser = data.preset_parser(__doc__, PRESETS)
+    known, _ = parser.parse_known_args()
     add = parser.add_argument
     add("--tokenizer", help="a trained tokenizer (default: tokenizer.pt in --out)")
     add("--cache", help="folder of the token cache (default: tokens in --out)")

@@ -128,8 +128,8 @@ def evaluate(model, val, args, device, picture_path):
         total += psnr(model.decode(tokens), images).sum().item()
     total, *counts = data.over_ranks([total, *counts.tolist()])
     data.check_finite("validation PSNR", total)
-    shown = data.generator("shown").integers(len(val), size=8)
-    images = data.to_float(torch.stack([val.read(0, int(index))[0] for index in shown]), device)
+    shown = torch.stack([val.read(0, index)[0] for index in data.spread(len(val), 8)])
+    images = data.to_float(shown, device)
     painted = model.decode(model.encode(images))
     data.save_picture(picture_path, data.grid_image(torch.cat([images, painted]), len(images)))
     model.train()
@@ -274,8 +274,10 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             raise SystemExit(128 + stop)
 
 def parse_args():
-    parser, known = data.preset_parser(
-        __doc__, PRESETS, ("--recipe", dict(choices=RECIPES, help="phases and losses (the preset's)")))
+    parser = data.preset_parser(__doc__, PRESETS)
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, help="phases and losses (the preset's)")
+    known, _ = parser.parse_known_args()
     start = load_tokenizer(known.init_from) if known.init_from else None
     shape = start.config if start else PRESETS[known.preset]
     recipe_name = known.recipe or ("tiny" if shape.init == "narrow" else "paper")
@@ -286,7 +288,6 @@ def parse_args():
         shape["prefix_tokens"] = None                         # follows --image-size and --patch-size
     whole = [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
     lr = recipe["stages"][0][0].lr
-    add = parser.add_argument
     add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="(%(default)s)")
     add("--stage", choices=["1", "2", "both"], default="both",
         help="2 starts from tokenizer_stage1.pt in --out, or from --init")
@@ -295,7 +296,7 @@ def parse_args():
         help="of stage 1; bidirectional makes an ordinary tokenizer, for comparison (%(default)s)")
     add("--image-size", type=data.positive, help="(%(default)s)")
     add("--patch-size", type=data.positive, help="(%(default)s)")
-    add("--codebook-size", type=data.positive, help="(%(default)s)")
+    add("--codebook-size", type=data.number(int, 2), help="(%(default)s)")
     add("--prefix-tokens", type=data.natural, help="0, g or g + 1 for g patches a side (g + 1)")
     add("--no-prefix", dest="prefix_tokens", action="store_const", const=0, help="no prefix, no strip")
     add("--cold-swap", action="store_true", help="stage 2 starts decoder and discriminator anew")

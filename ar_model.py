@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, generation_order, generator, load_checkpoint, load_fitting, load_weights
+from data import (InputError, attention, generation_order, generator, load_checkpoint, load_fitting,
+                  load_weights)
 
 @dataclass
 class ARConfig:
@@ -102,11 +103,7 @@ class Attention(nn.Module):
         elif cache is not None:
             k, v = (cached.index_copy_(2, at, new.to(cached.dtype)) for cached, new in zip(cache, (k, v)))
             mask = (torch.arange(k.shape[2], device=k.device) <= at)[None]                        # (1, 1 + N)
-        # The bfloat16 gradient of attention is slow on CPUs.
-        dtype = torch.float32 if v.device.type == "cpu" and v.requires_grad else v.dtype
-        q, k, v, dropout = q.to(dtype), k.to(dtype), v.to(dtype), self.dropout if self.training else 0.0
-        with torch.autocast(v.device.type, enabled=False):
-            x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=cache is None)
+        x = attention(q, k, v, mask, cache is None, self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
@@ -149,7 +146,8 @@ class ARModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.output = nn.Linear(config.width, config.codebook_size)
-        table = rotary_table(config.grid, config.prefix_tokens, config.width // config.heads)
+        with torch.device("cpu"):                                 # also where all else has no values
+            table = rotary_table(config.grid, config.prefix_tokens, config.width // config.heads)
         self.register_buffer("table", table, persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -199,11 +197,14 @@ class ARModel(nn.Module):
     def caches_for(self, batch):
         """A list of (keys, values), one a block, (batch, H, 1 + N, D) each, in the dtype of the blocks. They
         are kept between batches of one size: at a new address CUDA graphs would record again."""
-        c, weight = self.config, self.blocks[0].attn.qkv.weight
+        c, on_cpu = self.config, self.table.device.type == "cpu"
+        like = self.table if on_cpu else self.blocks[0].attn.qkv.weight
         shape = (batch, c.heads, 1 + c.num_tokens, c.width // c.heads)
         if self.caches is None or self.caches[0][0].shape != shape:
             self.caches = None                                    # frees the old ones first
-            self.caches = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.blocks]
+            self.caches = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
+            if on_cpu:                                            # keys lie as the product reads them
+                self.caches = [(keys.mT.contiguous().mT, values) for keys, values in self.caches]
         return self.caches
 
     @torch.no_grad()
@@ -310,7 +311,8 @@ def load_ar(path, device="cpu", grid=16, prefix_tokens=None):
     saved = load_checkpoint(path, "ar", from_released)
     if saved["tokenizer"] is None:
         saved["config"] |= dict(grid=grid, prefix_tokens=prefix_tokens)
-    model = ARModel(ARConfig(**saved["config"]))
+    with torch.device("meta"):                                    # without random weights
+        model = ARModel(ARConfig(**saved["config"]))
     load_weights(model, saved["model"], path)
     model.classes, model.tokenizer = saved["classes"], saved["tokenizer"]
     return model.to(device).eval()

@@ -8,6 +8,7 @@ Notable:
 """
 import argparse
 import contextlib
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -25,6 +26,7 @@ import zlib
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
 from torch.nn.parallel import DistributedDataParallel
@@ -410,6 +412,46 @@ class TokenCache:
         if len(self.missing()):
             raise InputError(f"{len(self.missing())} rows of {self.path} are not on the disk; run this again")
 
+# ==== What both models need =======================================================================
+
+def attention(q, k, v, mask=None, causal=False, dropout=0.0):
+    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, T, D). On a CPU by definition, in float32, where that is
+    faster than PyTorch's fused kernel: in training, and for one query on cached keys."""
+    with torch.autocast(v.device.type, enabled=False):
+        if v.device.type != "cpu" or not v.requires_grad and q.shape[2] > 1:
+            return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask, dropout, causal)
+        scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5                                  # (B, H, T, T)
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return F.dropout(scores.softmax(-1), dropout) @ v.float()
+
+class PackedLinear(nn.Module):
+    """A linear layer for inference on a CPU. Its weight lies as oneDNN reads it; `F.linear` would reorder it
+    in every call. The state dict stays that of the linear layer."""
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight.to_dense()
+
+def pack_linears(model):
+    """For inference on a CPU: linear layers become `PackedLinear`, where oneDNN is there. -> model"""
+    if not torch.backends.mkldnn.is_available() or next(model.parameters()).device.type != "cpu":
+        return model
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, PackedLinear(layer))
+    return model
+
 # ==== What every run needs ========================================================================
 
 def run(main):
@@ -520,8 +562,17 @@ def rank():
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
+def keep_memory():
+    """glibc gives freed memory back at every step and fetches it anew, page by page. Have it keep 64 MiB and
+    more (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX). Other systems have no such setting."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-4, 0)):
+            mallopt(parameter, value)
+
 def start(args):
     """Join the ranks, if torchrun started them, and fill in --dtype and --workers. -> device"""
+    keep_memory()
     accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = accelerator if args.device == "auto" else torch.device(args.device)
     if device.type not in ("cpu", accelerator.type):
@@ -701,9 +752,12 @@ def load_checkpoint(path, kind, from_released=lambda state: None):
     return content
 
 def load_weights(model, state, path):
-    """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape."""
+    """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape.
+    A model on the device "meta" has no weights of its own: it takes those of `state` as they are."""
     try:
-        model.load_state_dict(state)
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        model.load_state_dict({name: value.float() for name, value in state.items()} if on_meta else state,
+                              assign=on_meta)
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model: {' '.join(str(error).split())[:1500]}") from None
 

@@ -199,6 +199,8 @@ def reconstruct(tokenizer, args, device):
 
 # -----------------------------------------------------------------------------
 
+SMALL = 30_000_000         # parameters: below, a CPU is not bound by reading them, and bfloat16 gains nothing
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     task = parser.add_mutually_exclusive_group()
@@ -226,7 +228,6 @@ def parse_args():
     add("--ar", help="AR checkpoint (likewise)")
     add("--png", help="the grid's file name (default: in --out, after what it shows)")
     data.add_device_arguments(parser)
-    parser.set_defaults(dtype="float32")      # guidance magnifies the rounding of bfloat16
     args = parser.parse_args()
     needs_class = not (args.npz or args.reconstruct)
     if needs_class != bool(args.classes) and not args.image:
@@ -246,6 +247,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    dtype_is_auto = args.dtype == "auto"
     device = data.start(args)
     torch.backends.cuda.matmul.allow_tf32 = True              # as the authors sample
     weights = find_models(args)
@@ -261,6 +263,9 @@ def main():
         if (any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in shared)
                 or model.tokenizer not in (None, tokenizer.fingerprint())):
             raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
+        small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+        if dtype_is_auto and (small or device.type != "cpu"):
+            args.dtype = "float32"            # guidance magnifies the rounding of bfloat16
         if args.dtype == "bfloat16":
             model.to_bfloat16()
         ids = [class_id(word, model) for word in args.classes]

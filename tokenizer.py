@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, generation_order, load_checkpoint, load_fitting, load_weights
+from data import InputError, attention, generation_order, load_checkpoint, load_fitting, load_weights
 
 @dataclass
 class TokenizerConfig:
@@ -82,10 +82,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.in_proj(x).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, H, T, D) each
-        # The bfloat16 gradient of attention is slow on CPUs.
-        dtype = torch.float32 if v.device.type == "cpu" and v.requires_grad else v.dtype
-        with torch.autocast(v.device.type, enabled=False):
-            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, is_causal=causal)
+        x = attention(q, k, v, mask, causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
@@ -146,9 +143,10 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, c.head_dim) for _ in range(c.encoder_depth))
         self.ln_post = nn.LayerNorm(width)
         self.to_latent = nn.Linear(width, c.codebook_dim)
-        mask = causal_encoder_mask(c) if c.encoder == "causal" else None
-        self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("own_patches", own_patches(c), persistent=False)
+        with torch.device("cpu"):                             # also where all else is built without values
+            mask = causal_encoder_mask(c) if c.encoder == "causal" else None
+            self.register_buffer("mask", mask, persistent=False)
+            self.register_buffer("own_patches", own_patches(c), persistent=False)
         init_weights(self, c.init)
 
     def forward(self, images):
@@ -274,7 +272,8 @@ class Decoder(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.image_head = PixelHead(width, c.patch_size)
         self.strip_head = PixelHead(width, c.patch_size) if self.causal and c.prefix_tokens else None
-        place = c.prefix_tokens + generation_order(c.grid).argsort()
+        with torch.device("cpu"):
+            place = c.prefix_tokens + generation_order(c.grid).argsort()
         self.register_buffer("place", place, persistent=False)              # the token that paints each patch
         init_weights(self, c.init)
 
@@ -449,13 +448,16 @@ def from_released(released):
 def load_tokenizer(path, device="cpu"):
     """The tokenizer of a file of train_tokenizer.py, or of a released one, in eval mode."""
     saved = load_checkpoint(path, "tokenizer", from_released)
-    model, state = Tokenizer(TokenizerConfig(**saved["config"])), saved["model"]
+    config, state = TokenizerConfig(**saved["config"]), saved["model"]
+    with torch.device("meta"):                                # without random weights
+        model = Tokenizer(config)
     for name, value in (saved.get("causal_decoder") or {}).items():          # where files kept it before
         state[f"causal_decoder.{name}"] = value
-    order = generation_order(model.config.grid).tolist()
+    order = generation_order(config.grid).tolist()
     if saved.get("order", sorted(order)) != order:            # files without one have raster order
         raise InputError(f"the tokens of {path} have another order than generation_order says")
     if "causal_decoder.positions" in state:
-        model.causal_decoder = Decoder(replace(model.config, decoder="causal"))
+        with torch.device("meta"):
+            model.causal_decoder = Decoder(replace(config, decoder="causal"))
     load_weights(model, state, path)
     return model.to(device).eval()

@@ -165,22 +165,13 @@ class ARModel(nn.Module):
             x = block(x, table)
         return self.output(self.norm(x))
 
-    def to_bfloat16(self):
-        """Make the blocks' matrices bfloat16: sampling reads half as much. For use under autocast."""
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                module.bfloat16()
-        self.caches = None
-        return self
-
     def step(self, rows, at, caches):
         """One position: embedding rows (B,) at place `at` of the sequence -> logits (B, V). Fills caches."""
         table = self.table[:, at:at + 1] if isinstance(at, int) else self.table.index_select(1, at)
-        x = self.embeddings(rows)[:, None]
+        x = self.embeddings(rows)[:, None].to(self.blocks[0].norm1.weight.dtype)
         for block, cache in zip(self.blocks, caches):
             x = block(x, table, cache, at)
-        with torch.autocast(x.device.type, enabled=False):        # guidance would magnify bfloat16's rounding
-            return self.output(self.norm(x.float()))[:, 0]
+        return self.output(self.norm(x.float()))[:, 0]            # in float32: guidance magnifies rounding
 
     def next_tokens(self, rows, at, caches, uniforms, strength, *sampling):
         """`step`, then tokens drawn: (B,), or (B/2,) from conditional and null halves, given strength."""
@@ -195,10 +186,11 @@ class ARModel(nn.Module):
         return torch.compile(self.next_tokens, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def caches_for(self, batch):
-        """A list of (keys, values), one a block, (batch, H, 1 + N, D) each, in the dtype of the blocks. They
-        are kept between batches of one size: at a new address CUDA graphs would record again."""
+        """A list of (keys, values), one a block, (batch, H, 1 + N, D) each, in the dtype of the blocks, on a
+        CPU in float32. They are kept between batches of one size: at a new address CUDA graphs would record
+        again."""
         c, on_cpu = self.config, self.table.device.type == "cpu"
-        like = self.table if on_cpu else self.blocks[0].attn.qkv.weight
+        like = self.table if on_cpu else self.blocks[0].norm1.weight
         shape = (batch, c.heads, 1 + c.num_tokens, c.width // c.heads)
         if self.caches is None or self.caches[0][0].shape != shape:
             self.caches = None                                    # frees the old ones first
@@ -248,7 +240,7 @@ def start_from(model, old, classes):
     start as the null class. Where `old` has no names and as many classes, they count as the same."""
     load_fitting(model, old.state_dict())
     first, null = old.config.codebook_size + 1, old.config.num_classes
-    if old.config.codebook_size == model.config.codebook_size and model.config.width == old.config.width:
+    if old.output.weight.shape == model.output.weight.shape:
         known = old.classes or (classes if len(classes) == null else [])
         sources = [first + (known.index(name) if name in known else null) for name in (*classes, None)]
         rows = old.embeddings.weight.data
@@ -315,4 +307,4 @@ def load_ar(path, device="cpu", grid=16, prefix_tokens=None):
         model = ARModel(ARConfig(**saved["config"]))
     load_weights(model, saved["model"], path)
     model.classes, model.tokenizer = saved["classes"], saved["tokenizer"]
-    return model.to(device).eval()
+    return model.float().to(device).eval()                        # files may hold float16

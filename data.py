@@ -48,12 +48,13 @@ def generation_order(grid):
 
 # ---- Built-in pictures. The digits of a class are shape, colour, background. ---------------------
 
-SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "bar", "hourglass"]
-COLOURS = {"red": "#d62828", "orange": "#f58714", "yellow": "#fad732", "green": "#28963c", "cyan": "#28cdd7",
-           "blue": "#2850d7", "purple": "#8232b9", "pink": "#fa6eb4", "brown": "#7d4b23", "white": "#fafafa"}
-BACKGROUNDS = {
-    "night": "#121428", "slate": "#5f6978", "fog": "#bec2c6", "sand": "#e0ca9b", "mint": "#aae2c0",
-    "sky": "#a0ccf2", "lavender": "#cab6ec", "rose": "#f2c8c8", "forest": "#18422e", "wine": "#581630"}
+SHAPES = "circle square triangle star cross ring crescent heart bar hourglass".split()
+COLOURS = dict(pair.split("=") for pair in (
+    "red=#d62828 orange=#f58714 yellow=#fad732 green=#28963c cyan=#28cdd7 "
+    "blue=#2850d7 purple=#8232b9 pink=#fa6eb4 brown=#7d4b23 white=#fafafa").split())
+BACKGROUNDS = dict(pair.split("=") for pair in (
+    "night=#121428 slate=#5f6978 fog=#bec2c6 sand=#e0ca9b mint=#aae2c0 "
+    "sky=#a0ccf2 lavender=#cab6ec rose=#f2c8c8 forest=#18422e wine=#581630").split())
 SHAPE_CLASSES = [f"{colour} {shape} on {background}"
                  for shape in SHAPES for colour in COLOURS for background in BACKGROUNDS]
 
@@ -163,34 +164,34 @@ def to_tensor(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 def shrink(image, size):
-    """ADM's resize of a PIL image's shorter side -> (H, W, 3) uint8: box halvings, then bicubic."""
+    """ADM's resize of a PIL image's shorter side -> (3, H, W) uint8: box halvings, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
-    return np.asarray(image.resize((width, height), Image.BICUBIC))
+    return to_tensor(np.asarray(image.resize((width, height), Image.BICUBIC)))
 
 def crop(pixels, top, left, size):
-    return to_tensor(pixels[top:top + size, left:left + size])
+    return pixels[:, top:top + size, left:left + size]
 
 def centre_crop(image, size):
     """PIL image -> (3, size, size) uint8, as ADM prepares ImageNet."""
     pixels = shrink(image, size)
-    return crop(pixels, (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2, size)
+    return crop(pixels, (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2, size)
 
 def random_crop(image, size, rng):
     """PIL image -> (3, size, size) uint8: resized with an antialiased bilinear filter, a random place along
     the longer side, a random flip."""
     width, height = (side * size // min(image.size) for side in image.size)
-    pixels = np.asarray(image.resize((width, height), Image.BILINEAR))
-    top, left = rng.integers(pixels.shape[0] - size + 1), rng.integers(pixels.shape[1] - size + 1)
+    pixels = to_tensor(np.asarray(image.resize((width, height), Image.BILINEAR)))
+    top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
     cropped = crop(pixels, top, left, size)
     return cropped.flip(-1) if rng.random() < 0.5 else cropped
 
 def five_crops(image, size):
     """The paper's (5, 3, size, size) uint8 of a PIL image: corners and middle of a 1.1 times larger crop."""
     wide = int(1.1 * size)
-    pixels, far, middle = centre_crop(image, wide).permute(1, 2, 0).numpy(), wide - size, (wide - size) // 2
+    pixels, far, middle = centre_crop(image, wide), wide - size, (wide - size) // 2
     corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
     return torch.stack([crop(pixels, top, left, size) for top, left in corners])
 
@@ -198,9 +199,9 @@ class ImageFolder:
     """Images in one sub-folder a class, as in ImageNet (`n01440764/x.JPEG`). files: list of (path, class id).
     Training takes a random crop and flip, from (seed, epoch, index), validation the centre. The token cache
     keeps the centre and its mirror image, or ten crops."""
-    def __init__(self, folder, files, classes, size, seed=0, training=False, skip_bad=False, ten_crop=False):
-        self.folder, self.classes, self.size, self.seed = folder, classes, size, seed
-        self.training, self.skip_bad, self.ten_crop = training, skip_bad, ten_crop
+    def __init__(self, folder, files, classes, size, args, training=False, ten_crop=False):
+        self.folder, self.classes, self.size, self.seed = folder, classes, size, args.seed
+        self.training, self.skip_bad, self.ten_crop = training, args.skip_bad_images, ten_crop
         self.paths, self.labels = [path for path, _ in files], np.array([label for _, label in files])
         self.crops = 10 if ten_crop else 2
         listing = "\n".join(f"{os.path.relpath(path, folder)} {label}" for path, label in files)
@@ -269,9 +270,8 @@ def open_data(args, size, ten_crop=False):
         val = train[19::20] or train[-1:]
         held_out = set(val)
         train = [file for file in train if file not in held_out]
-    skip_bad = args.skip_bad_images
-    return (ImageFolder(args.data, train, classes, size, args.seed, True, skip_bad, ten_crop),
-            ImageFolder(args.val_data or args.data, val, classes, size, args.seed, False, skip_bad))
+    return (ImageFolder(args.data, train, classes, size, args, True, ten_crop),
+            ImageFolder(args.val_data or args.data, val, classes, size, args))
 
 # ---- Batches: an endless, shuffled stream that any step can be entered at. A key is (epoch, index).
 
@@ -349,8 +349,6 @@ class TokenCache:
         config = tokenizer.config
         self.path, self.note = f"{folder}/tokens.npy", f"{folder}/cache.json"
         self.labels, self.codebook_size = dataset.labels, config.codebook_size
-        if self.codebook_size > UNWRITTEN:
-            raise InputError(f"a token cache holds up to {UNWRITTEN} codes, found {self.codebook_size}")
         shape = (len(dataset), dataset.crops, config.num_tokens)
         settings = {"tokenizer": tokenizer.fingerprint(), "files": dataset.files, "shape": list(shape)}
         if rank() == 0 and not os.path.exists(self.note):
@@ -420,7 +418,7 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     with torch.autocast(v.device.type, enabled=False):
         if v.device.type != "cpu" or not v.requires_grad and q.shape[2] > 1:
             return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask, dropout, causal)
-        scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5                                  # (B, H, T, T)
+        scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5              # (B, H, T, T)
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         if mask is not None:
@@ -436,7 +434,8 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
+        x = x.to(self.weight.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -505,6 +504,7 @@ def preset_parser(doc, presets):
     shape.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and its recipe")
     shape.add_argument("--init", dest="init_from", metavar="CHECKPOINT",
                        help="fine-tune this model, of ours or a released one")
+    parser.add_argument("--out", default="out", help="folder for checkpoints, log, pictures (%(default)s)")
     return parser
 
 def add_run_arguments(parser):
@@ -513,7 +513,6 @@ def add_run_arguments(parser):
     add("-h", "--help", action="help", help="show this and exit")
     add("--data", default="shapes", help="'shapes', the built-in pictures, or a folder of class folders")
     add("--val-data", help="validation folder; without it every 20th image of --data is held out")
-    add("--out", default="out", help="folder for checkpoints, log and pictures (%(default)s)")
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
@@ -539,7 +538,7 @@ def add_device_arguments(parser):
     add("--no-compile", dest="compile", action="store_false", help="do without torch.compile on a GPU")
 
 # What decides the result, so that a resumed run must not change it. The number of steps may change.
-FIXED = ["data", "val_data", "batch_size", "lr", "warmup", "clip", "seed", "num_pictures", "dtype"]
+FIXED = "data val_data batch_size lr warmup clip seed num_pictures dtype".split()
 
 def refuse_changes(message, saved, now, advice):
     """InputError that names each value of `now` that is another one in `saved`, two dicts."""
@@ -590,7 +589,6 @@ def start(args):
         raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {world_size()} ranks in "
                          f"{args.accum} micro-batches; choose --batch-size as a multiple of {parts}")
     on_gpu = device.type == "cuda"
-    args.compile = args.compile and on_gpu
     if "workers" in args and args.workers is None:
         args.workers = 8 if on_gpu else 0
     if args.dtype == "auto":
@@ -658,6 +656,14 @@ def distribute(model, device):
         return model
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+def compile_in_place(modules, steps, args, device):
+    """torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes.
+    Where a CPU has no compiler, PyTorch says so and goes on without."""
+    torch._dynamo.config.suppress_errors = device.type == "cpu"
+    if args.compile and (device.type == "cuda" or device.type == "cpu" and steps >= 3000):
+        for module in modules:
+            module.compile()
 
 def checkpoint_blocks(blocks):
     """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again."""
@@ -755,17 +761,16 @@ def load_weights(model, state, path):
     """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape.
     A model on the device "meta" has no weights of its own: it takes those of `state` as they are."""
     try:
-        on_meta = any(parameter.is_meta for parameter in model.parameters())
-        model.load_state_dict({name: value.float() for name, value in state.items()} if on_meta else state,
-                              assign=on_meta)
+        model.load_state_dict(state, assign=next(model.parameters()).is_meta)
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model: {' '.join(str(error).split())[:1500]}") from None
 
 def load_fitting(model, state):
     """Take over the tensors of a state dict that fit a model by name and shape; the others stay."""
     own = model.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    model.load_state_dict(fitting, strict=False)
+    own.update((name, value) for name, value in state.items()
+               if name in own and value.shape == own[name].shape)
+    model.load_state_dict(own)
 
 def load_training_state(path, kind, fixed, steps):
     """The state that --resume goes on from; None, with a word, when there is none yet. InputError when ranks

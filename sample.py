@@ -30,9 +30,8 @@ SAMPLING = ("cfg_scale", "cfg_power", "temperature", "top_k", "top_p")       # a
 
 def find_models(args):
     """Paths of tokenizer and AR model: as given, or in --out, or the demo's if nothing is given or there."""
-    names, folder = ("tokenizer.pt", "ar.pt"), args.out
-    given = args.tokenizer or args.ar
-    if folder == "out" and not given and not any(os.path.exists(f"out/{name}") for name in names):
+    folder, given = args.out, args.tokenizer or args.ar
+    if folder == "out" and not given and not os.path.exists("out/tokenizer.pt"):
         data.say("no model in out/ yet: taking the demo model in weights/")
         folder = DEMO
     return args.tokenizer or f"{folder}/tokenizer.pt", args.ar or f"{folder}/ar.pt"
@@ -53,18 +52,16 @@ def class_id(word, model):
 def paint(model, tokenizer, pictures, args, device, kept=None):
     """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or
     None. Yields, batch by batch, numbers (list), tokens (B, N) int64, images (B, 3, H, W) uint8."""
-    share = -(-len(pictures) // data.world_size())
-    mine = pictures[data.rank() * share:(data.rank() + 1) * share]       # in one piece: file pages of its own
+    mine = pictures[data.rank()::data.world_size()]
     sampling = {name: getattr(args, name) for name in SAMPLING}
-    compiled = args.compile and len(mine) >= 8 * args.batch_size             # ours: compiling takes a minute
+    compiled = args.compile and device.type == "cuda" and len(mine) >= 8 * args.batch_size       # ours
     for at in data.progress_bar(range(0, len(mine), args.batch_size), "painting", args.batch_size):
         numbers, classes = zip(*mine[at:at + args.batch_size])
         uniforms = image_uniforms(args.seed, numbers, model.config.num_tokens)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            tokens = model.generate(torch.tensor(classes), uniforms, **sampling,
-                                    kept=None if kept is None else kept[list(numbers)],
-                                    compiled=compiled and len(numbers) == args.batch_size)
-            images = (tokenizer.decode(tokens) * 255).round().byte()
+        tokens = model.generate(torch.tensor(classes), uniforms, **sampling,
+                                kept=None if kept is None else kept[list(numbers)],
+                                compiled=compiled and len(numbers) == args.batch_size)
+        images = (tokenizer.decode(tokens) * 255).round().byte()
         yield list(numbers), tokens.cpu(), images.cpu()
 
 def paint_all(model, tokenizer, classes, args, device, kept=None):
@@ -199,8 +196,6 @@ def reconstruct(tokenizer, args, device):
 
 # -----------------------------------------------------------------------------
 
-SMALL = 30_000_000         # parameters: below, a CPU is not bound by reading them, and bfloat16 gains nothing
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     task = parser.add_mutually_exclusive_group()
@@ -228,6 +223,7 @@ def parse_args():
     add("--ar", help="AR checkpoint (likewise)")
     add("--png", help="the grid's file name (default: in --out, after what it shows)")
     data.add_device_arguments(parser)
+    parser.set_defaults(dtype="float32")      # guidance magnifies the rounding of bfloat16
     args = parser.parse_args()
     needs_class = not (args.npz or args.reconstruct)
     if needs_class != bool(args.classes) and not args.image:
@@ -239,19 +235,14 @@ def parse_args():
         parser.error("--png names the file of a grid; --paint and --npz name their own")
     args.keep = 0.5 if args.keep is None else args.keep
     args.num_images = args.num_images or (50_000 if args.npz else 8)
-    for flag, suffix in (("png", ".png"), ("paint", ".gif"), ("npz", ".npz")):
-        path = getattr(args, flag)
-        if path and not path.lower().endswith(suffix):
-            parser.error(f"--{flag} names a {suffix} file, found {path}")
     return args
 
 def main():
     args = parse_args()
-    dtype_is_auto = args.dtype == "auto"
     device = data.start(args)
     torch.backends.cuda.matmul.allow_tf32 = True              # as the authors sample
     weights = find_models(args)
-    tokenizer = load_tokenizer(weights[0], device)
+    tokenizer = data.pack_linears(load_tokenizer(weights[0], device))
     if args.paint or args.image:
         tokenizer.stage1_decoder()            # refuses before the work
     if args.reconstruct:
@@ -259,15 +250,12 @@ def main():
         picture, name = reconstruct(tokenizer, args, device)
     else:
         model = load_ar(weights[1], device, tokenizer.config.grid, tokenizer.config.prefix_tokens)
-        shared = ("codebook_size", "grid", "prefix_tokens")
-        if (any(getattr(model.config, name) != getattr(tokenizer.config, name) for name in shared)
+        if (model.config.codebook_size != tokenizer.config.codebook_size
                 or model.tokenizer not in (None, tokenizer.fingerprint())):
             raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
-        small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
-        if dtype_is_auto and (small or device.type != "cpu"):
-            args.dtype = "float32"            # guidance magnifies the rounding of bfloat16
         if args.dtype == "bfloat16":
-            model.to_bfloat16()
+            model.blocks.bfloat16()
+        data.pack_linears(model)
         ids = [class_id(word, model) for word in args.classes]
         subject = ", ".join(f"{k} ({model.classes[k]})" if model.classes else str(k) for k in ids[:8])
     if args.npz:

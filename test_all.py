@@ -750,7 +750,7 @@ def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch, inceptio
 def bad(tmp_path_factory, trained):
     """A folder of things that are wrong, for the table below."""
     bad = tmp_path_factory.mktemp("bad")
-    for name in ("empty", "nothing/cat", "flat", "half"):
+    for name in ("empty", "nothing/cat", "flat"):
         (bad / name).mkdir(parents=True)
     write_images(bad / "single", ["cat"], 1)
     photo = (write_images(bad / "other", ["bird"]) / "bird" / "0.jpg").read_bytes()
@@ -763,7 +763,6 @@ def bad(tmp_path_factory, trained):
     whole, tokenizer = (trained / "tokenizer.pt").read_bytes(), load(trained / "tokenizer.pt")
     state = released_tokenizer(2)
     hostile = type("Hostile", (), {"__reduce__": lambda self: (os.mkdir, (str(bad / "pwned"),))})
-    (bad / "half" / "tokenizer_stage1.pt").write_bytes(whole)
     for name, content in (("text", b"hello"), ("empty", b""), ("cut", whole[:-5000])):
         (bad / f"{name}.pt").write_bytes(content)
     for name, content in {
@@ -804,8 +803,7 @@ BAD[train_tokenizer] = {
     "--out {trained}": "already", "--out {bad}/text.pt/x": "text.pt/x", "--stage 2": "no such checkpoint",
     "--out {trained} --resume --steps 150 100 --batch-size 8 --lr 0.5": "now 0.5",
     "--out {trained} --resume --steps 151 100 --batch-size 8": "stage 2", "--prefix-tokens 3": "found 3",
-    "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150", "--init {bad}/cut.pt": "cut.pt",
-    "--stage 2 --out {bad}/half --codebook-size 128": "another shape"}
+    "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150", "--init {bad}/cut.pt": "cut.pt"}
 BAD[train_ar] = {
     "": "no such checkpoint", "--tokenizer {trained}/ar.pt": "kind 'tokenizer'",
     **{f"--tokenizer {{bad}}/{name}.pt": f"{name}.pt" for name in ("text", "empty", "cut", "list")},
@@ -816,7 +814,7 @@ BAD[train_ar] = {
     "--tokenizer {tok} --cache {trained}/tokens --num-pictures 300": "something else"}
 BAD[sample] = {
     "": "--class", "--out {trained} --class 1000": "1000", "--out {trained} --class dodo": "dodo",
-    "--out {trained} --class 1 --png {out}.pdf": ".pdf", "--out {bad}/empty --class 1": "tokenizer.pt",
+    "--out {bad}/empty --class 1": "tokenizer.pt",
     "--class 1 --tokenizer {bad}/other.pt --ar {trained}/ar.pt": "another tokenizer",
     "--image {bad}/zero --out {trained}": "7.jpg", "--npz {bad}/good.npz --out {trained}": "already",
     "--reconstruct {bad}/odd --out {trained}": "odd", "--npz {out}.npz --num-images 9 --out {trained}": "mul"}

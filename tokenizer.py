@@ -48,7 +48,7 @@ class TokenizerConfig:
         if self.prefix_tokens not in (0, self.grid, self.grid + 1):
             raise InputError(f"a grid of {self.grid} x {self.grid} patches takes 0, {self.grid} or "
                              f"{self.grid + 1} prefix tokens, found {self.prefix_tokens}")
-        if not generation_order(self.grid).sort().values.equal(torch.arange(self.grid ** 2)):
+        if sorted(generation_order(self.grid).tolist()) != list(range(self.grid ** 2)):
             raise InputError("generation_order must name every patch of the grid exactly once")
 
     @property
@@ -320,9 +320,6 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """Images (B, 3, H, W) float in [0, 1] -> tokens (B, N) int64: prefix, then in order of generation."""
-        size = self.config.image_size
-        if images.shape[1:] != (3, size, size) or not images.is_floating_point():
-            raise ValueError(f"encode wants floats (B, 3, {size}, {size}), not {images.dtype} {images.shape}")
         with torch.autocast(images.device.type, enabled=False):
             return self.quantizer.tokens(self.encoder(images).float())
 
@@ -394,23 +391,23 @@ def init_weights(model, scheme):
 # ---- Checkpoints ------------------------------------------------------------------------------------
 
 # What the released AliTok.pth calls its parts, and what they are called here.
-RELEASED_NAMES = {
-    "latent_tokens": "encoder.latent_tokens",
-    "encoder.positional_embedding": "encoder.patch_positions",
-    "encoder.latent_token_positional_embedding": "encoder.latent_positions",
-    "encoder.conv_out": "encoder.to_latent",
-    "quantize.embedding.weight": "quantizer.codebook",
-    "quantize.embed_prob": "quantizer.usage",                 # only in training checkpoints
-    "decoder.decoder_embed": "decoder.from_latent",
-    "decoder.class_embedding": "decoder.buffer_tokens",
-    "decoder.latent_token_positional_embedding": "decoder.positions",
-    "decoder.ffn.0": "decoder.image_head.proj",
-    "decoder.conv_out": "decoder.image_head.conv",
-    "decoder.ffn_aux.0": "decoder.strip_head.proj",
-    "decoder.conv_out_aux": "decoder.strip_head.conv",
-    "encoder.transformer": "encoder.blocks",
-    "decoder.transformer": "decoder.blocks",
-}
+RELEASED_NAMES = dict(line.split() for line in """
+    latent_tokens                                   encoder.latent_tokens
+    encoder.positional_embedding                    encoder.patch_positions
+    encoder.latent_token_positional_embedding       encoder.latent_positions
+    encoder.conv_out                                encoder.to_latent
+    encoder.transformer                             encoder.blocks
+    quantize.embedding.weight                       quantizer.codebook
+    quantize.embed_prob                             quantizer.usage
+    decoder.decoder_embed                           decoder.from_latent
+    decoder.class_embedding                         decoder.buffer_tokens
+    decoder.latent_token_positional_embedding       decoder.positions
+    decoder.ffn.0                                   decoder.image_head.proj
+    decoder.conv_out                                decoder.image_head.conv
+    decoder.ffn_aux.0                               decoder.strip_head.proj
+    decoder.conv_out_aux                            decoder.strip_head.conv
+    decoder.transformer                             decoder.blocks
+""".strip().splitlines())
 
 def from_released(released):
     """A released state dict, or a training checkpoint with one under `model_state` -> a checkpoint of ours.
@@ -449,15 +446,15 @@ def load_tokenizer(path, device="cpu"):
     """The tokenizer of a file of train_tokenizer.py, or of a released one, in eval mode."""
     saved = load_checkpoint(path, "tokenizer", from_released)
     config, state = TokenizerConfig(**saved["config"]), saved["model"]
-    with torch.device("meta"):                                # without random weights
-        model = Tokenizer(config)
     for name, value in (saved.get("causal_decoder") or {}).items():          # where files kept it before
         state[f"causal_decoder.{name}"] = value
+    causal = replace(config, decoder="causal")
+    with torch.device("meta"):                                # without random weights
+        model = Tokenizer(config)
+        if "causal_decoder.positions" in state:
+            model.causal_decoder = Decoder(causal)
     order = generation_order(config.grid).tolist()
     if saved.get("order", sorted(order)) != order:            # files without one have raster order
         raise InputError(f"the tokens of {path} have another order than generation_order says")
-    if "causal_decoder.positions" in state:
-        with torch.device("meta"):
-            model.causal_decoder = Decoder(replace(config, decoder="causal"))
     load_weights(model, state, path)
-    return model.to(device).eval()
+    return model.float().to(device).eval()                    # files may hold float16

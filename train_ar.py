@@ -30,11 +30,13 @@ def drop_classes(classes, keys, probability, seed, n, null):
     lost = torch.from_numpy(data.key_uniforms("class dropout", seed, keys, n) < probability)
     return torch.where(lost, null, classes)
 
+@torch.compiler.set_stance("force_eager")     # of the loop's step alone is there a compiled version
 @torch.no_grad()
-def evaluate(model, cache, keys, args, device):
-    """-> of a cache's images at `keys`: {"loss": nats per token, "accuracy": share of likeliest tokens}."""
+def evaluate(model, cache, args, device):
+    """-> of --eval-images of a cache: {"loss": nats per token, "accuracy": share of likeliest tokens}."""
     model.eval()
     loss = accuracy = 0.0
+    keys = [(0, index) for index in data.spread(len(cache), args.eval_images)]
     for span in data.rank_spans(len(keys), 32):
         tokens, classes = (t.to(device) for t in cache.batch(keys[span], args.seed))
         logits = model(tokens[:, :-1], classes).float()
@@ -56,9 +58,9 @@ def paint_samples(model, tokenizer, path, seed, n=32):
     data.save_picture(path, data.grid_image(tokenizer.decode(tokens), 8))
 
 def train(model, tokenizer, caches, classes, args, device):
-    """Train in place, from where --resume finds the state, to the last step. caches: training, validation."""
+    """Train in place, from where --resume finds the state, to the last step. caches: {"train", "val"}."""
     run, path, config = "ar", f"{args.out}/ar_state.pt", model.config
-    train_cache, val_cache = caches
+    train_cache = caches["train"]
     n, fingerprint = len(train_cache), tokenizer.fingerprint()
     fixed = {name: getattr(args, name) for name in [*data.FIXED, "class_dropout"]} | asdict(config)
     fixed["tokenizer"] = fingerprint
@@ -82,12 +84,9 @@ def train(model, tokenizer, caches, classes, args, device):
         optimizer.load_state_dict(state["optimizer"])
     if args.grad_checkpoint:
         data.checkpoint_blocks(model.blocks)
-    if args.compile:
-        model.compile()
+    data.compile_in_place([model], args.steps, args, device)
     ddp_model, stop_flag = data.distribute(model, device), data.StopFlag()
     log = data.Log(f"{args.out}/log.jsonl", run, start)
-    judged = {"train": (train_cache, data.stream_keys(run, args.seed, n, 0, min(n, args.eval_images))),
-              "val": (val_cache, [(0, index) for index in data.spread(len(val_cache), args.eval_images)])}
     micro_batches = data.batch_keys(run, n, args, start)
     steps = range(start, args.steps)
     progress = data.progress_bar(steps, run, args.batch_size, initial=start, total=args.steps)
@@ -103,7 +102,7 @@ def train(model, tokenizer, caches, classes, args, device):
             keys = next(micro_batches)
             tokens, labels = train_cache.batch(keys, args.seed)
             labels = drop_classes(labels, keys, args.class_dropout, args.seed, n, config.num_classes)
-            tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            tokens, labels = (t.to(device, non_blocking=True) for t in (tokens, labels))
             ddp_model.require_backward_grad_sync = micro + 1 == args.accum    # exchange gradients once a step
             with autocast:
                 logits = ddp_model(tokens[:, :-1], labels)
@@ -129,8 +128,8 @@ def train(model, tokenizer, caches, classes, args, device):
             log.write(done, **means, lr=lr, skipped=skipped)
             progress.set_postfix(means, skipped=skipped)
         if done % args.eval_every == 0 or done == args.steps:
-            scores = {f"{split}_{name}": value for split, (cache, keys) in judged.items()
-                      for name, value in evaluate(model, cache, keys, args, device).items()}
+            scores = {f"{split}_{name}": value for split, cache in caches.items()
+                      for name, value in evaluate(model, cache, args, device).items()}
             log.write(done, **scores)
             if data.rank() == 0:
                 paint_samples(model, tokenizer, f"{args.out}/pictures/ar_{done:06d}.png", args.seed)
@@ -183,8 +182,9 @@ def main():
     shape = {name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix_tokens")}
     shape |= {name: getattr(args, name) for name in PRESETS["tiny"]}
     config = ARConfig(num_classes=len(train_set.classes), **shape)
-    caches = [data.TokenCache(f"{args.cache or args.out + '/tokens'}/{split}", dataset, tokenizer, device,
-                              args.workers) for split, dataset in (("train", train_set), ("val", val_set))]
+    caches = {split: data.TokenCache(f"{args.cache or args.out + '/tokens'}/{split}", dataset, tokenizer,
+                                     device, args.workers)
+              for split, dataset in (("train", train_set), ("val", val_set))}
     torch.manual_seed(args.seed)
     model = ARModel(config)
     if args.start:

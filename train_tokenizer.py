@@ -10,7 +10,7 @@ tokenizer.pt (the finished model of the last stage), log.jsonl, pictures/.
 import itertools
 import math
 import os
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import NamedTuple
 
 import torch
@@ -23,15 +23,18 @@ from fid import load_judges, psnr
 from tokenizer import PRESETS, Tokenizer, TokenizerConfig, load_tokenizer, strip_target
 
 class Phase(NamedTuple):
-    """Steps, learning rate from -> to (a cosine), and loss weights; squared error and strip always count."""
+    """Steps, learning rate from -> to (a cosine), and the weight of each loss, the paper's by default."""
     name: str
     steps: int
     lr: float
     final_lr: float
+    mse: float = 1.0
+    strip: float = 10.0          # times the strip's share of the picture's patches
     quantizer: float = 0.0
     perceptual: float = 0.0
     lpips: float = 0.0
     gan: float = 0.0
+    discriminator: float = 0.1
 
 PAPER = [
     Phase("lpips", 50_000, 1e-4, 1e-4, quantizer=1.0, perceptual=0.1, lpips=1.0),
@@ -54,9 +57,8 @@ RECIPES = {
         blend_between=(0.0, 0.0), discriminator=128,
         stages=[PAPER, [PAPER[0], PAPER[1]._replace(steps=150_000), PAPER[2]]]),
 }
-STRIP_WEIGHT, DISCRIMINATOR_WEIGHT = 10, 0.1                                 # the paper's
 
-def plan(phases, steps, lr_scale, perceptual):
+def plan(phases, steps, lr_scale, perceptual, strip_share):
     """The phases of a stage, stretched to `steps`, rates scaled, with perceptual losses or without."""
     totals = list(itertools.accumulate(phase.steps for phase in phases))
     ends = [round(total * steps / totals[-1]) for total in totals]
@@ -66,7 +68,8 @@ def plan(phases, steps, lr_scale, perceptual):
             raise InputError(f"{steps} steps are too few for {len(phases)} phases; give more --steps")
         planned.append(phase._replace(
             steps=end - start, lr=phase.lr * lr_scale, final_lr=phase.final_lr * lr_scale,
-            perceptual=phase.perceptual * perceptual, lpips=phase.lpips * perceptual))
+            perceptual=phase.perceptual * perceptual, lpips=phase.lpips * perceptual,
+            strip=phase.strip * strip_share))
     return planned
 
 def blend_at(progress, start, end):
@@ -113,6 +116,7 @@ def perceptual_loss(convnext, painted, images):
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def evaluate(model, val, args, device, picture_path):
     """Judge reconstructions of --eval-images validation images, and draw eight of them. -> {"val_psnr": mean
@@ -137,10 +141,6 @@ def evaluate(model, val, args, device, picture_path):
 
 # ---- One stage -----------------------------------------------------------------------------------
 
-def encoder_learns(model):
-    """Whether any gradient reaches the encoder; a quantizer that is not straight-through lets none pass."""
-    return any(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
-
 def train_stage(model, train, val, args, judges, stop_flag, device):
     """Train stage `model.stage` in place, from wherever --resume finds its state, to its last step."""
     stage, config = model.stage, model.config
@@ -152,7 +152,6 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     order = data.generation_order(config.grid).tolist()
     warm = stage == 2 and not args.cold_swap
     fixed |= {"files": train.files, "order": order, "warm": warm, **asdict(config)}
-    strip_weight = STRIP_WEIGHT * config.prefix_tokens / config.grid ** 2    # by the strip's share of patches
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     discriminator = Discriminator(args.discriminator).to(device)
     optimizer, disc_optimizer = (
@@ -175,12 +174,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         raise InputError(f"stage 2 in {args.out} has begun on stage 1 as it was after {start} steps; "
                          f"give --steps {start} {args.steps[1]}, or start anew in another --out")
     if args.grad_checkpoint:
-        data.checkpoint_blocks(model.decoder.blocks)
-        if stage == 1:
-            data.checkpoint_blocks(model.encoder.blocks)
-    if args.compile:
-        model.encoder.compile()
-        model.decoder.compile()
+        data.checkpoint_blocks([*model.encoder.blocks, *model.decoder.blocks])
+    data.compile_in_place([model.encoder, model.decoder], steps, args, device)
     ddp_model, ddp_discriminator = data.distribute(model, device), data.distribute(discriminator, device)
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     batches = data.batches(train.read, data.batch_keys(run, len(train), args, start), args.workers)
@@ -209,27 +204,22 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
                     painted, _, _ = model(images, blend)
                 real_logits, painted_logits = ddp_net(torch.cat([images, painted])).chunk(2)
                 terms = {"discriminator": hinge_loss(real_logits, painted_logits)}
-                loss = DISCRIMINATOR_WEIGHT * terms["discriminator"]
             else:
                 with autocast:
                     painted, strip, quantizer_loss = ddp_net(images, blend)
                 terms = {"mse": F.mse_loss(painted, images)}
-                loss = terms["mse"]
                 if strip is not None:
                     terms["strip"] = F.mse_loss(strip, strip_target(images, model))
-                    loss = loss + strip_weight * terms["strip"]
                 if stage == 1:
                     terms["quantizer"] = quantizer_loss
-                    loss = loss + phase.quantizer * quantizer_loss
                 if phase.perceptual:
                     terms["perceptual"] = perceptual_loss(judges["convnext"], painted, images)
-                    loss = loss + phase.perceptual * terms["perceptual"]
                 if phase.lpips:
                     terms["lpips"] = judges["lpips"](painted, images).mean()
-                    loss = loss + phase.lpips * terms["lpips"]
                 if phase.gan:
                     terms["gan"] = -discriminator(painted).mean()
-                    loss = loss + phase.gan * terms["gan"]
+            loss = sum(getattr(phase, name) * term for name, term in terms.items())
+            if net is model:
                 terms["loss"] = loss
             (loss / args.accum).backward()
             for name, term in terms.items():
@@ -239,7 +229,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
 
         norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
         if norm.isfinite():
-            if stage == 1 and net is model and not encoder_learns(model):
+            gradient = model.encoder.latent_tokens.grad
+            if stage == 1 and net is model and (gradient is None or not gradient.any()):
                 raise RuntimeError("no gradient reaches the encoder: does Quantizer.forward pass it on?")
             for group in active.param_groups:
                 group["lr"] = lr
@@ -277,7 +268,11 @@ def parse_args():
     parser = data.preset_parser(__doc__, PRESETS)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, help="phases and losses (the preset's)")
+    add("--stage", choices=["1", "2", "both"], default="both",
+        help="2 starts from tokenizer_stage1.pt in --out, or from --init")
     known, _ = parser.parse_known_args()
+    if known.stage == "2" and not known.init_from:
+        known.init_from = f"{known.out}/tokenizer_stage1.pt"
     start = load_tokenizer(known.init_from) if known.init_from else None
     shape = start.config if start else PRESETS[known.preset]
     recipe_name = known.recipe or ("tiny" if shape.init == "narrow" else "paper")
@@ -289,14 +284,12 @@ def parse_args():
     whole = [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
     lr = recipe["stages"][0][0].lr
     add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="(%(default)s)")
-    add("--stage", choices=["1", "2", "both"], default="both",
-        help="2 starts from tokenizer_stage1.pt in --out, or from --init")
     add("--encoder", choices=["bidirectional", "causal"], help="(%(default)s)")
     add("--decoder", choices=["causal", "bidirectional"],
         help="of stage 1; bidirectional makes an ordinary tokenizer, for comparison (%(default)s)")
     add("--image-size", type=data.positive, help="(%(default)s)")
     add("--patch-size", type=data.positive, help="(%(default)s)")
-    add("--codebook-size", type=data.number(int, 2), help="(%(default)s)")
+    add("--codebook-size", type=data.number(int, 2, data.UNWRITTEN), help="(%(default)s)")
     add("--prefix-tokens", type=data.natural, help="0, g or g + 1 for g patches a side (g + 1)")
     add("--no-prefix", dest="prefix_tokens", action="store_const", const=0, help="no prefix, no strip")
     add("--cold-swap", action="store_true", help="stage 2 starts decoder and discriminator anew")
@@ -306,50 +299,44 @@ def parse_args():
     data.add_run_arguments(parser)
     parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr, start=start)
     args = parser.parse_args()
-    args.phases = [plan(phases, count, args.lr / lr, args.perceptual)
-                   for phases, count in zip(args.stages, args.steps)]
+    args.lr_scale = args.lr / lr
     return args
 
 def main():
     args = parse_args()
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
-    device = data.start(args)
-    phases = args.phases[0] + args.phases[1]
+    device, share = data.start(args), config.prefix_tokens / config.grid ** 2
+    args.phases = [plan(phases, count, args.lr_scale, args.perceptual, share)
+                   for phases, count in zip(args.stages, args.steps)]
     train, val = data.open_data(args, config.image_size)
     stages = [1, 2] if args.stage == "both" else [int(args.stage)]
     if not args.resume:
         names = ["tokenizer_stage1.pt", "tokenizer_stage2.pt", "tokenizer.pt"]
         data.refuse_overwrite(f"{args.out}/{name}" for name in (names if 1 in stages else names[1:2]))
     judges, args.judged_by = {}, "none"
-    if any(phase.perceptual or phase.lpips for phase in phases):
+    if any(phase.perceptual or phase.lpips for phase in args.phases[0] + args.phases[1]):
         judges = load_judges(args.vision_weights, device)
         args.judged_by = "random" if args.vision_weights == "random" else "ConvNeXt and LPIPS"
 
-    def save_model():
+    stop_flag = data.StopFlag()
+    torch.manual_seed(args.seed)
+    if 1 in stages:
+        model = Tokenizer(config)
+        if args.start:
+            known = args.start.state_dict()                   # a causal decoder comes last and wins
+            known = {name.replace("causal_decoder", "decoder"): value for name, value in known.items()}
+            data.load_fitting(model, known)
+    else:
+        model = args.start
+    model.to(device)
+    for stage in stages:
+        if stage == 2:
+            torch.manual_seed(args.seed + 1)
+            model.swap_decoder(args.cold_swap)
+        train_stage(model, train, val, args, judges, stop_flag, device)
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
                              model=data.in_dtype(model.state_dict(), args.save_dtype),
                              perceptual=args.judged_by, order=data.generation_order(config.grid).tolist())
-
-    stop_flag = data.StopFlag()
-    if 1 in stages:
-        torch.manual_seed(args.seed)
-        model = Tokenizer(config)
-        if args.start:
-            data.load_fitting(model, args.start.state_dict())
-            data.load_fitting(model.decoder, (args.start.causal_decoder or args.start.decoder).state_dict())
-        model.to(device)
-        train_stage(model, train, val, args, judges, stop_flag, device)
-        save_model()
-    else:
-        path = args.init_from or f"{args.out}/tokenizer_stage1.pt"
-        model = load_tokenizer(path, device)
-        if replace(model.config, decoder=config.decoder) != config:
-            raise InputError(f"{path} has another shape than these flags: {model.config}")
-    if 2 in stages:
-        torch.manual_seed(args.seed + 1)
-        model.swap_decoder(args.cold_swap)
-        train_stage(model, train, val, args, judges, stop_flag, device)
-        save_model()
     data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --data, --val-data and --out")
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Notable:
 - Row t of the output is the distribution of token t; the sequence is [class, token 0 ... token N-1].
 - Rotary positions have one dimension for the prefix and two (half a head each) for the image.
-- `generate` keeps keys and values in caches of fixed size, conditional and null halves in one batch.
 - Sampling inverts the cumulative distribution at one uniform number a token. So an image's randomness is N
   numbers, which `image_uniforms` derives from (seed, image) alone.
 
@@ -53,8 +52,6 @@ PRESETS = {
     "XL": dict(width=1280, depth=32, heads=16, dropout=0.1, cfg_scale=13.0, cfg_power=1.4),
 }
 
-# ---- Rotary positions ----------------------------------------------------------------------------
-
 def rotary_table(grid, prefix_tokens, head_dim):
     """cos and sin of every position's angles, (2, 1 + N, D/2), for [class, prefix, image]. Class: zeros, so
     its query and key vanish (released weights rely on it). Prefix token k: position k, over the whole head.
@@ -75,7 +72,7 @@ def rotate(x, table):
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
-# ---- Blocks --------------------------------------------------------------------------------------
+# ---- Transformer parts ---------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Causal self-attention with RMS-normalised, rotated queries and keys, and an optional static cache."""
@@ -186,9 +183,8 @@ class ARModel(nn.Module):
         return torch.compile(self.next_tokens, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def caches_for(self, batch):
-        """A list of (keys, values), one a block, (batch, H, 1 + N, D) each, in the dtype of the blocks, on a
-        CPU in float32. They are kept between batches of one size: at a new address CUDA graphs would record
-        again."""
+        """A list of (keys, values), one a block, (batch, H, 1 + N, D) each, in the blocks' dtype, on a CPU in
+        float32. Kept between batches of one size: at a new address CUDA graphs would record again."""
         c, on_cpu = self.config, self.table.device.type == "cpu"
         like = self.table if on_cpu else self.blocks[0].norm1.weight
         shape = (batch, c.heads, 1 + c.num_tokens, c.width // c.heads)
@@ -202,11 +198,10 @@ class ARModel(nn.Module):
     @torch.no_grad()
     def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None,
                  top_p=None, kept=None, compiled=False):
-        """Paint classes (B,) int64 -> tokens (B, N) int64. kept: tokens (B, K) to go on from, by default
-        none. uniforms: (B, N) numbers in [0, 1) that decide every choice, see `image_uniforms`; by default
-        torch's. None for cfg_scale and cfg_power takes the config's; scale 1 does without guidance, at half
-        the work. compiled: by one compiled step, on a GPU one CUDA graph; for batches of a size that comes
-        again."""
+        """Paint classes (B,) int64 -> tokens (B, N) int64. uniforms: (B, N) numbers in [0, 1) that decide
+        every choice, see `image_uniforms`; by default torch's. None for cfg_scale and cfg_power takes the
+        config's; scale 1 does without guidance, at half the work. kept: tokens (B, K) to go on from.
+        compiled: by one compiled step, on a GPU one CUDA graph; for batches of a size that comes again."""
         config, device, B, N = self.config, self.table.device, len(classes), self.config.num_tokens
         cfg_scale = config.cfg_scale if cfg_scale is None else cfg_scale
         cfg_power = config.cfg_power if cfg_power is None else cfg_power
@@ -235,9 +230,9 @@ class ARModel(nn.Module):
         return tokens
 
 def start_from(model, old, classes):
-    """Fine-tuning: take over from the model `old` every tensor that fits. The token rows of the embeddings
-    stay, and so does the null class. A class of `classes` (names) that `old` knows keeps its row; the others
-    start as the null class. Where `old` has no names and as many classes, they count as the same."""
+    """Fine-tuning: take over from the model `old` every tensor that fits. A class of `classes` (names) that
+    `old` knows keeps its row of the embeddings; the others start as its null class. Where `old` has no names
+    and as many classes, they count as the same."""
     load_fitting(model, old.state_dict())
     first, null = old.config.codebook_size + 1, old.config.num_classes
     if old.output.weight.shape == model.output.weight.shape:
@@ -254,8 +249,7 @@ def guidance(t, num_tokens, scale, power):
 
 def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
     """Logits (B, V), uniforms (B,) -> tokens (B,), the first whose cumulative probability is beyond the
-    uniform. temperature 0 takes the likeliest; top_k keeps the k likeliest, top_p the fewest that reach p
-    together."""
+    uniform. temperature 0 takes the likeliest; top_k keeps k tokens, top_p the fewest that reach p."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = F.softmax(logits.to(uniforms.dtype) / temperature, -1)
@@ -297,9 +291,8 @@ def from_released(state):
     return {"config": config, "model": state, "classes": None, "tokenizer": None}
 
 def load_ar(path, device="cpu", grid=16, prefix_tokens=None):
-    """The AR model of a file of train_ar.py, or of a released one, in eval mode. grid, prefix_tokens: those
-    of its tokenizer, for released files, which do not tell. The model carries `classes` (names, or None) and
-    `tokenizer` (the fingerprint its tokens belong to, or None)."""
+    """The AR model of a file of train_ar.py, or of a released one for a tokenizer with this grid and prefix,
+    in eval mode, with `classes` (names, or None) and `tokenizer` (a fingerprint, or None)."""
     saved = load_checkpoint(path, "ar", from_released)
     if saved["tokenizer"] is None:
         saved["config"] |= dict(grid=grid, prefix_tokens=prefix_tokens)

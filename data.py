@@ -4,7 +4,6 @@ Notable:
 - A built-in data set, `shapes`, needs no download: drawn pictures, each a function of (seed, split, index).
 - Every random choice follows from (seed, epoch, index): workers, ranks, resumed runs see the same pictures.
 - The token cache is one memory-mapped array. Rows not written yet hold 65535, so a killed build can go on.
-- Files are written aside, synced and renamed. Loading them runs no code.
 """
 import argparse
 import contextlib
@@ -91,8 +90,7 @@ def signed_distance(shape, x, y):
 
 def draw_shape(seed, split, index, size):
     """Picture `index` of a split of the built-in set, (size, size, 3) uint8, and its class; classes
-    alternate. Position, size, rotation, tint and shading are random. Edges are antialiased by their
-    distance."""
+    alternate. Position, size, rotation, tint and shading are random. Edges are antialiased."""
     label = index % len(SHAPE_CLASSES)
     shape, colour, background = np.unravel_index(label, (len(SHAPES), len(COLOURS), len(BACKGROUNDS)))
     rng = generator("shapes " + split, seed, index)
@@ -171,21 +169,18 @@ def shrink(image, size):
     width, height = (max(size, round(side * scale)) for side in image.size)
     return to_tensor(np.asarray(image.resize((width, height), Image.BICUBIC)))
 
-def crop(pixels, top, left, size):
-    return pixels[:, top:top + size, left:left + size]
-
 def centre_crop(image, size):
     """PIL image -> (3, size, size) uint8, as ADM prepares ImageNet."""
     pixels = shrink(image, size)
-    return crop(pixels, (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2, size)
+    top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
+    return pixels[:, top:top + size, left:left + size]
 
 def random_crop(image, size, rng):
-    """PIL image -> (3, size, size) uint8: resized with an antialiased bilinear filter, a random place along
-    the longer side, a random flip."""
+    """PIL image -> (3, size, size) uint8: antialiased bilinear resize, random crop and flip."""
     width, height = (side * size // min(image.size) for side in image.size)
     pixels = to_tensor(np.asarray(image.resize((width, height), Image.BILINEAR)))
     top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
-    cropped = crop(pixels, top, left, size)
+    cropped = pixels[:, top:top + size, left:left + size]
     return cropped.flip(-1) if rng.random() < 0.5 else cropped
 
 def five_crops(image, size):
@@ -193,12 +188,11 @@ def five_crops(image, size):
     wide = int(1.1 * size)
     pixels, far, middle = centre_crop(image, wide), wide - size, (wide - size) // 2
     corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
-    return torch.stack([crop(pixels, top, left, size) for top, left in corners])
+    return torch.stack([pixels[:, top:top + size, left:left + size] for top, left in corners])
 
 class ImageFolder:
-    """Images in one sub-folder a class, as in ImageNet (`n01440764/x.JPEG`). files: list of (path, class id).
-    Training takes a random crop and flip, from (seed, epoch, index), validation the centre. The token cache
-    keeps the centre and its mirror image, or ten crops."""
+    """Images in one sub-folder a class. files: list of (path, class id). Training takes a random crop and
+    flip, validation the centre. The token cache keeps the centre and its mirror image, or ten crops."""
     def __init__(self, folder, files, classes, size, args, training=False, ten_crop=False):
         self.folder, self.classes, self.size, self.seed = folder, classes, size, args.seed
         self.training, self.skip_bad, self.ten_crop = training, args.skip_bad_images, ten_crop
@@ -343,8 +337,7 @@ UNWRITTEN = 65535
 
 class TokenCache:
     """Tokens of a data set, (images, crops, N) uint16 in the memory-mapped `folder`/tokens.npy, and its
-    labels. All ranks build it where it is missing or unfinished. `cache.json` names what the tokens came
-    from. A cache of another tokenizer or data set is an InputError."""
+    labels. All ranks build it where it is missing or unfinished. InputError for a cache of other things."""
     def __init__(self, folder, dataset, tokenizer, device, workers=0, batch_size=64):
         config = tokenizer.config
         self.path, self.note = f"{folder}/tokens.npy", f"{folder}/cache.json"
@@ -430,7 +423,7 @@ class PackedLinear(nn.Module):
     in every call. The state dict stays that of the linear layer."""
     def __init__(self, linear):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = linear.bias
 
     def forward(self, x):
@@ -641,6 +634,11 @@ class StopFlag:
             return 0
         return int(over_ranks([self.signal], dist.ReduceOp.MAX)[0])
 
+def leave(signal_number, step):
+    """End a run that a signal has stopped, after it has saved."""
+    say(f"stopped by signal {signal_number} at step {step}; --resume goes on from there")
+    raise SystemExit(128 + signal_number)
+
 # ---- Training ------------------------------------------------------------------------------------
 
 def learning_rate(step, steps, warmup, peak, final):
@@ -744,8 +742,7 @@ def load_checkpoint(path, kind, from_released=lambda state: None):
     """-> the dict that `save_checkpoint` wrote. InputError for anything but a checkpoint of this kind.
     from_released: turns the content of a file of the authors into such a dict, or returns None."""
     if not os.path.isfile(path):
-        writer = {"tokenizer": "train_tokenizer.py", "ar": "train_ar.py"}[kind]
-        raise InputError(f"no such checkpoint: {path} ({writer} writes it)")
+        raise InputError(f"no such checkpoint: {path} (train_{kind}.py writes it)")
     content = read_torch(path)
     if "kind" not in content:
         content = from_released(content)
@@ -758,8 +755,8 @@ def load_checkpoint(path, kind, from_released=lambda state: None):
     return content
 
 def load_weights(model, state, path):
-    """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape.
-    A model on the device "meta" has no weights of its own: it takes those of `state` as they are."""
+    """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape. A
+    model on the device "meta" has no weights of its own: it takes those of `state` as they are."""
     try:
         model.load_state_dict(state, assign=next(model.parameters()).is_meta)
     except RuntimeError as error:
@@ -774,7 +771,7 @@ def load_fitting(model, state):
 
 def load_training_state(path, kind, fixed, steps):
     """The state that --resume goes on from; None, with a word, when there is none yet. InputError when ranks
-    see different files, when `fixed`, what decides the result, is not what it was, and beyond `steps`."""
+    see different files, when `fixed` is not what it was, and beyond `steps`."""
     state = load_checkpoint(path, kind) if os.path.exists(path) else None
     step = state["step"] if state else 0
     if over_ranks([step])[0] != step * world_size():
@@ -805,8 +802,6 @@ class Log:
         if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"run": self.run, "step": step, **values}) + "\n")
-
-# ---- Pictures out --------------------------------------------------------------------------------
 
 def grid_image(images, columns):
     """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between."""

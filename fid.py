@@ -6,13 +6,11 @@
     torchrun --nproc_per_node=8 fid.py reference.npz samples.npz
 
 Notable:
-- FID, sFID, Inception Score, precision and recall are those of ADM's evaluator. Its network is the Inception
-  of 2015-12-05, not torchvision's: average pools leave padding out, the last block pools with max, and
-  pictures are resized as TensorFlow 1 did it.
-- Where a file holds mu, sigma, mu_s, sigma_s, they stand for FID and sFID; arr_0 serves precision and recall.
-- Images pass by in batches; what stays in memory is 16 kB of features an image. Gaussians are float64.
+- The numbers are those of ADM's evaluator. Its network is the Inception of 2015-12-05, not torchvision's:
+  average pools leave padding out, the last block pools with max, pictures are resized as by TensorFlow 1.
+- Images pass by in batches; what stays in memory is 16 kB of features an image.
 - The Inception Score is averaged over runs of 5000 images in file order, so classes must be well mixed.
-- ConvNeXt and LPIPS, which the tokenizer's losses use, stand here too: one table of files, one loader.
+- ConvNeXt and LPIPS, which the tokenizer's losses use, stand here too.
 """
 import argparse
 import json
@@ -32,7 +30,6 @@ from data import InputError
 from tokenizer import load_tokenizer
 
 PUBLISHED = "6726825d"           # how the sha256 of the published Inception begins
-FEW_IMAGES = 5000                # ours: below, a warning that FID is biased
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
 # Where the weights are published, and how the sha256 of the files begins.
@@ -257,8 +254,7 @@ class LPIPS(nn.Module):
 
 def load_judges(place, device):
     """{"convnext": ConvNeXt, "lpips": LPIPS}, frozen, with public weights from the folder `place` or
-    downloaded. "random" gives seeded stand-ins. InputError when a file is missing, damaged or of another
-    network."""
+    downloaded. "random" gives seeded stand-ins. InputError when a file is missing or unfit."""
     torch.manual_seed(0)
     judges = {"convnext": ConvNeXt(), "lpips": LPIPS()}
     if place != "random":
@@ -337,9 +333,8 @@ def gaussian(rows):
     return mean.cpu(), scatter.cpu() / (len(rows) - 1)
 
 def statistics(rows, name):
-    """Features (n, 4071), each image's on one rank and zero on the others -> on rank 0 a dict of "mu",
-    "sigma" of the pool features, "mu_s", "sigma_s" of the spatial ones, and "pool" (n, 2048); on the others
-    {}."""
+    """Features (n, 4071), each image's on one rank and zero on the others -> on rank 0 "mu", "sigma" of the
+    pool features, "mu_s", "sigma_s" of the spatial ones, and "pool" (n, 2048); on the others {}."""
     if len(rows) < 2:
         raise InputError(f"statistics need two images at least, found {len(rows)} in {name}")
     if dist.is_initialized():
@@ -523,10 +518,6 @@ def main():
     if net.origin != PUBLISHED:
         print(f"warning: Inception is not the published one but {net.origin}: figures are not comparable",
               file=sys.stderr)
-    if args.samples or args.tokenizer:
-        few = min(count or FEW_IMAGES for count in scores["images"])
-        if few < FEW_IMAGES:
-            print(f"warning: FID of {few} images is biased; compare figures of as many", file=sys.stderr)
     print(json.dumps({**scores, "inception": net.origin}, indent=1))
 
 if __name__ == "__main__":

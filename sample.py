@@ -7,13 +7,13 @@
     python sample.py --reconstruct photos/ --png grid.png        # what the tokenizer makes of pictures
     torchrun --nproc_per_node=8 sample.py --npz samples.npz --num-images 50000
 
-Picture k of a command is a function of (seed, k) alone: neither the batch size nor the number of ranks
-changes it.
+Picture k of a command follows from (seed, k) alone, whatever the batch size and the number of ranks.
 """
 import argparse
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from data import InputError
 from fid import psnr
 from tokenizer import load_tokenizer
 
-DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
+DEMO = Path(__file__).resolve().parent / "weights"
 SAMPLING = ("cfg_scale", "cfg_power", "temperature", "top_k", "top_p")       # arguments of ARModel.generate
 
 def find_models(args):
@@ -44,8 +44,7 @@ def class_id(word, model):
     if word.isdecimal() and int(word) < model.config.num_classes:
         return int(word)
     close = [name for name in names if word.lower() in name.lower()] or names
-    raise InputError(f"no class {word!r}: classes are 0 to {model.config.num_classes - 1}" +
-                     (f", or names such as {', '.join(map(repr, close[:5]))}" if names else ""))
+    raise InputError(f"no class {word!r}: classes are 0 to {model.config.num_classes - 1}, names {close[:5]}")
 
 # ---- Painting ------------------------------------------------------------------------------------
 
@@ -83,9 +82,8 @@ def paint_grid(model, tokenizer, ids, args, device):
     return grid, f"class_{'_'.join(map(str, ids[:8]))}.png"
 
 def paint_npz(model, tokenizer, args, device, weights):
-    """--num-images pictures in an .npz that ADM's evaluator reads (`arr_0`), classes in turn: it averages the
-    Inception Score over runs of 5000 in file order, which need all classes. Pictures gather in memory-mapped
-    files beside it, from where an interrupted run with the same settings goes on."""
+    """--num-images pictures in an .npz that ADM's evaluator reads (`arr_0`), classes in turn. They gather in
+    memory-mapped files beside it, from where an interrupted run with the same settings goes on."""
     n, size, classes = args.num_images, tokenizer.config.image_size, model.config.num_classes
     if os.path.exists(args.npz):
         raise InputError(f"{args.npz} is there already; name another file or remove it")
@@ -121,9 +119,8 @@ def paint_npz(model, tokenizer, args, device, weights):
 UNPAINTED = 0.85                 # grey
 
 def so_far(image, strip, tokenizer, known):
-    """A picture of which the first `known` tokens are there: the prefix strip in a band of its own over the
-    image. image (B, 3, H, W) and strip (B, 3, p, P*p), of the causal decoder -> (B, 3, H + 2p, W + p); the
-    rest is grey. Without prefix tokens strip is None and there is no such band: (B, 3, H, W)."""
+    """A picture of which the first `known` tokens are there, the rest is grey. image (B, 3, H, W), strip (B,
+    3, p, P*p) of the causal decoder -> (B, 3, H + 2p, P*p), or without a strip (None) the image alone."""
     config = tokenizer.config
     g, p, P = config.grid, config.patch_size, config.prefix_tokens
     places = tokenizer.decoder.place.view(g, g)              # of the token that paints each patch, then pixel
@@ -194,8 +191,6 @@ def reconstruct(tokenizer, args, device):
         data.say(f"picture {k}: stage 1 {one:.1f} dB, stage 2 {two:.1f} dB")
     return data.grid_image(torch.stack([originals, causal, final], 1).flatten(0, 1), 3), "reconstructed.png"
 
-# -----------------------------------------------------------------------------
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     task = parser.add_mutually_exclusive_group()
@@ -207,7 +202,7 @@ def parse_args():
     add = parser.add_argument
     add("--class", dest="classes", nargs="+", metavar="CLASS", default=[],
         help="numbers or names; a name wins")
-    add("--keep", type=data.from_0_to_1, help="with --image: share of its tokens to keep (0.5)")
+    add("--keep", type=data.from_0_to_1, default=0.5, help="with --image: share of its tokens to keep (0.5)")
     add("--num-images", type=data.positive, help="pictures in the .npz (50,000); rows of --image (8)")
     add("-n", "--n", type=data.positive, default=16, help="pictures of each class, completions of --image, "
         "pictures to --reconstruct; torchrun lets only -n through (%(default)s)")
@@ -229,11 +224,10 @@ def parse_args():
     if needs_class != bool(args.classes) and not args.image:
         parser.error("say what to paint: --class (with --paint, to see it appear), --image (with a --class "
                      "or without), --reconstruct or --npz")
-    if args.image and len(args.classes) > 1 or args.keep is not None and not args.image:
-        parser.error("--image takes one --class at most, and --keep goes with --image")
+    if args.image and len(args.classes) > 1:
+        parser.error("--image takes one --class at most")
     if args.png and (args.paint or args.npz):
         parser.error("--png names the file of a grid; --paint and --npz name their own")
-    args.keep = 0.5 if args.keep is None else args.keep
     args.num_images = args.num_images or (50_000 if args.npz else 8)
     return args
 

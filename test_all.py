@@ -810,7 +810,7 @@ BAD[train_ar] = {
     **{f"--tokenizer {{bad}}/{name}.pt": "does not fit" for name in ("misfit", "lacking", "surplus")},
     **{f"--tokenizer {{tok}} --cache {{bad}}/{name}": "damaged" for name in ("short", "codes", "note")},
     "--tokenizer {bad}/hostile.pt": "run code", "--tokenizer {tok} --data {bad}/truncated": "7.jpg",
-    "--tokenizer {bad}/other.pt --cache {trained}/tokens": "tokenizer", "--width 9": "--width",
+    "--tokenizer {bad}/other.pt --cache {trained}/tokens": "tokenizer", "--width 9": "size of a head",
     "--tokenizer {tok} --cache {trained}/tokens --num-pictures 300": "something else"}
 BAD[sample] = {
     "": "--class", "--out {trained} --class 1000": "1000", "--out {trained} --class dodo": "dodo",

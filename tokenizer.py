@@ -257,8 +257,7 @@ class PixelHead(nn.Module):
 class Decoder(nn.Module):
     """Transformer over [learned tokens, latents]: (B, N, D) -> picture (B, 3, H, W), strip, both in [0, 1].
     Causal (stage 1): one learned token in front, every token sees only earlier ones, and the prefix paints
-    the strip (B, 3, p, P*p). Bidirectional (stage 2): `buffer_tokens` learned tokens in front, and no
-    strip."""
+    the strip (B, 3, p, P*p). Bidirectional (stage 2): `buffer_tokens` in front, and no strip."""
     def __init__(self, config):
         super().__init__()
         c, width = config, config.decoder_width
@@ -343,8 +342,8 @@ class Tokenizer(nn.Module):
 
     def swap_decoder(self, cold=False):
         """Stage 2: a bidirectional decoder. Encoder and codebook are frozen, so token ids stay. As in the
-        released code it starts from the tensors of the old decoder that fit: from a causal one all but
-        buffer tokens and positions. cold: it starts anew, as in the paper's words."""
+        released code it starts from the tensors of the old decoder that fit: from a causal one all but buffer
+        tokens and positions. cold: it starts anew, as in the paper's words."""
         self.stage = 2
         self.requires_grad_(False)
         old, self.config = self.decoder, replace(self.config, decoder="bidirectional")
@@ -369,9 +368,8 @@ class Tokenizer(nn.Module):
 def init_weights(model, scheme):
     """paper: truncated normal 0.02 for linear and conv weights, biases zero. narrow (ours, for small models
     in few steps): a narrow layer gets larger weights, so that its outputs are as large as those of a layer
-    768 wide. The last convolution starts as the identity; from 0.02 it is close to singular, and a small
-    model paints in grey for thousands of steps. Queries start equal to keys, and a latent gets the position
-    of its own patch, so that it attends to that patch first."""
+    768 wide. The last convolution starts as the identity; from 0.02 a small model paints in grey for long.
+    Queries start equal to keys, and a latent at its own patch, so that it attends to that first."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             scale = 1 if scheme == "paper" else (768 / module.weight[0].numel()) ** 0.5

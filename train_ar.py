@@ -131,9 +131,7 @@ def train(model, tokenizer, caches, classes, args, device):
             scores = {f"{split}_{name}": value for split, cache in caches.items()
                       for name, value in evaluate(model, cache, args, device).items()}
             log.write(done, **scores)
-            if data.rank() == 0:
-                paint_samples(model, tokenizer, f"{args.out}/pictures/ar_{done:06d}.png", args.seed)
-            data.barrier()
+            paint_samples(model, tokenizer, f"{args.out}/pictures/ar_{done:06d}.png", args.seed)
             data.say(f"{run}, step {done}: validation loss {scores['val_loss']:.3f} nats a token, accuracy "
                      f"{scores['val_accuracy']:.1%}")
         stop = stop_flag.read(done)
@@ -141,8 +139,7 @@ def train(model, tokenizer, caches, classes, args, device):
             save("ar_state.pt", model.state_dict(), optimizer=optimizer.state_dict(), step=done,
                  skipped=skipped, fixed=fixed)
         if stop:
-            data.say(f"stopped by signal {stop} at step {done}; --resume goes on from there")
-            raise SystemExit(128 + stop)
+            data.leave(stop, done)
     save("ar.pt", data.in_dtype(model.state_dict(), args.save_dtype))
     data.say(f"wrote {args.out}/ar.pt; next: python sample.py --class 0, with the same --out")
 
@@ -166,10 +163,7 @@ def parse_args():
         recipe, shape = RECIPES["init"], {name: getattr(start.config, name) for name in shape}
     parser.set_defaults(**recipe, **shape, clip=CLIP, start=start)
     args = parser.parse_args()
-    head_dim = shape["width"] // shape["heads"]
-    if args.width % head_dim:
-        parser.error(f"--width must be a multiple of {head_dim}, the size of a head, found {args.width}")
-    args.heads = args.width // head_dim
+    args.heads = max(1, args.width * shape["heads"] // shape["width"])
     return args
 
 def main():

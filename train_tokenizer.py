@@ -3,9 +3,8 @@
     python train_tokenizer.py                       # built-in pictures, tiny preset, a CPU is enough
     torchrun --nproc_per_node=8 train_tokenizer.py --preset imagenet256 --data train --val-data val
 
-A stage is a list of phases, each with its learning rate and losses (RECIPES). One run goes through them all.
-Writes to --out: tokenizer_stage1.pt and tokenizer_stage2.pt (training states, --resume goes on from them),
-tokenizer.pt (the finished model of the last stage), log.jsonl, pictures/.
+A stage is a list of phases, see RECIPES. Writes to --out: tokenizer_stage1.pt and tokenizer_stage2.pt (training
+states, --resume goes on from them), tokenizer.pt (the finished model), log.jsonl, pictures/.
 """
 import itertools
 import math
@@ -114,13 +113,10 @@ def perceptual_loss(convnext, painted, images):
         target = convnext(images)
     return F.mse_loss(convnext(painted), target)
 
-# ---- Evaluation ----------------------------------------------------------------------------------
-
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def evaluate(model, val, args, device, picture_path):
-    """Judge reconstructions of --eval-images validation images, and draw eight of them. -> {"val_psnr": mean
-    PSNR in dB, "val_codes": how many codes occur}"""
+    """Judge --eval-images reconstructions, draw eight. -> {"val_psnr": in dB, "val_codes": how many occur}"""
     model.eval()
     indices, total = data.spread(len(val), args.eval_images), 0.0
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
@@ -261,8 +257,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
                 skipped=skipped, losses=data.mean_over_ranks(losses),
                 **{name: part.state_dict() for name, part in parts.items()})
         if stop:
-            data.say(f"stopped by signal {stop} at step {done} of {run}; --resume goes on from there")
-            raise SystemExit(128 + stop)
+            data.leave(stop, done)
 
 def parse_args():
     parser = data.preset_parser(__doc__, PRESETS)
@@ -311,8 +306,8 @@ def main():
     train, val = data.open_data(args, config.image_size)
     stages = [1, 2] if args.stage == "both" else [int(args.stage)]
     if not args.resume:
-        names = ["tokenizer_stage1.pt", "tokenizer_stage2.pt", "tokenizer.pt"]
-        data.refuse_overwrite(f"{args.out}/{name}" for name in (names if 1 in stages else names[1:2]))
+        states = [f"{args.out}/tokenizer_stage{stage}.pt" for stage in stages]
+        data.refuse_overwrite(states + [f"{args.out}/tokenizer.pt"] * (1 in stages))
     judges, args.judged_by = {}, "none"
     if any(phase.perceptual or phase.lpips for phase in args.phases[0] + args.phases[1]):
         judges = load_judges(args.vision_weights, device)

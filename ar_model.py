@@ -91,7 +91,8 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, H, T, D) each
-        q, k = rotate(self.q_norm(q.float()), table), rotate(self.k_norm(k.float()), table)
+        q, k = self.q_norm(q.type_as(self.q_norm.weight)), self.k_norm(k.type_as(self.k_norm.weight))
+        q, k = rotate(q, table), rotate(k, table)
         mask = None
         if cache is not None and isinstance(at, int):
             for cached, new in zip(cache, (k, v)):
@@ -101,7 +102,7 @@ class Attention(nn.Module):
             k, v = (cached.index_copy_(2, at, new.to(cached.dtype)) for cached, new in zip(cache, (k, v)))
             mask = (torch.arange(k.shape[2], device=k.device) <= at)[None]                        # (1, 1 + N)
         x = attention(q, k, v, mask, cache is None, self.dropout if self.training else 0.0)
-        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+        return self.proj(x.transpose(1, 2).reshape(B, T, C).to(qkv.dtype))
 
 class MLP(nn.Module):
     """SwiGLU; the hidden width is 8/3 of the width, rounded up to a multiple of 256."""
@@ -207,7 +208,7 @@ class ARModel(nn.Module):
         cfg_power = config.cfg_power if cfg_power is None else cfg_power
         if uniforms is None:
             uniforms = torch.rand(B, N, dtype=torch.float64)
-        uniforms = uniforms.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
+        uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
         classes, strengths = classes.to(device), [None] * N
         if cfg_scale != 1:
             classes = torch.cat([classes, torch.full_like(classes, config.num_classes)])
@@ -218,7 +219,7 @@ class ARModel(nn.Module):
             next_tokens, places = self.compiled_next_tokens, torch.arange(N, device=device).split(1)
             for cached in itertools.chain(*caches):
                 torch._dynamo.mark_static_address(cached)         # a CUDA graph then writes to it in place
-        tokens = torch.empty(B, N, dtype=torch.long, device=device)
+        tokens = classes.new_empty(B, N)
         for t in range(N):                                        # nothing here waits for the device
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()

@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
@@ -144,7 +145,7 @@ def image_files(folder):
 def read_image(path):
     """Any image file as an upright RGB PIL image. 16-bit greys become 8-bit, transparency becomes white."""
     try:
-        with Image.open(path) as image:
+        with Image.open(str(path)) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
@@ -196,9 +197,9 @@ class ImageFolder:
     def __init__(self, folder, files, classes, size, args, training=False, ten_crop=False):
         self.folder, self.classes, self.size, self.seed = folder, classes, size, args.seed
         self.training, self.skip_bad, self.ten_crop = training, args.skip_bad_images, ten_crop
-        self.paths, self.labels = [path for path, _ in files], np.array([label for _, label in files])
+        self.paths, self.labels = map(np.array, zip(*files))                 # arrays, which workers share
         self.crops = 10 if ten_crop else 2
-        listing = "\n".join(f"{os.path.relpath(path, folder)} {label}" for path, label in files)
+        listing = "\n".join(f"{path[len(folder):].lstrip('/')} {label}" for path, label in files)
         self.files = hashlib.sha256(listing.encode()).hexdigest()[:16]       # what a token cache depends on
 
     def __len__(self):
@@ -380,7 +381,8 @@ class TokenCache:
         tokens = self.tokens[indices, crops].astype(np.int64)
         if tokens.max() >= self.codebook_size:
             self.refuse()
-        return torch.from_numpy(tokens), torch.from_numpy(self.labels[indices])
+        batch = torch.from_numpy(tokens), torch.from_numpy(self.labels[indices])
+        return [part.pin_memory() for part in batch] if torch.cuda.is_available() else batch
 
     def missing(self):
         """Indices of the images of which not all tokens are written."""
@@ -427,7 +429,6 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
-        x = x.to(self.weight.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -461,7 +462,7 @@ def run(main):
     except Exception:
         code, message = 1, traceback.format_exc()
     if message:
-        print(f"rank {rank()}: {message}" if world_size() > 1 else message, file=sys.stderr, flush=True)
+        print(f"rank {rank()}: {message}" if world_size() > 1 else message, file=sys.stderr)
     if dist.is_initialized():
         if not code:
             barrier()
@@ -528,7 +529,7 @@ def add_device_arguments(parser):
     add("--device", **DEVICE)
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the matrix work; auto is bfloat16 where the hardware is fast at it")
-    add("--no-compile", dest="compile", action="store_false", help="do without torch.compile on a GPU")
+    add("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
 
 # What decides the result, so that a resumed run must not change it. The number of steps may change.
 FIXED = "data val_data batch_size lr warmup clip seed num_pictures dtype".split()
@@ -730,7 +731,7 @@ def in_dtype(state, dtype):
 def read_torch(path):
     """The dict in a file of torch's, on the CPU; no code in it runs. InputError for anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     except Exception as error:                # pickle, zip and torch each have their own kinds
@@ -793,9 +794,8 @@ class Log:
         if rank() == 0:
             if os.path.exists(path):
                 with open(path, "rb") as file:
-                    entries = {line: json.loads(line) for line in file if line.endswith(b"\n")}
-                kept = [line for line, entry in entries.items()
-                        if entry["run"] != run or entry["step"] <= step]
+                    entries = [(line, json.loads(line)) for line in file if line.endswith(b"\n")]
+                kept = [line for line, entry in entries if entry["run"] != run or entry["step"] <= step]
             replace_file(path, lambda file: file.writelines(kept))
 
     def write(self, step, **values):

@@ -501,7 +501,7 @@ def main():
     torch.set_grad_enabled(False)
     net = load_inception(args.inception, device)
     if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer, device)
+        tokenizer = data.pack_linears(load_tokenizer(args.tokenizer, device))
         size = tokenizer.config.image_size
         builtin = args.data == "shapes"
         images = data.Shapes("val", size, length=args.num_images) if builtin else Folder(args.data, size)

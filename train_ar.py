@@ -60,8 +60,7 @@ def paint_samples(model, tokenizer, path, seed, n=32):
 def train(model, tokenizer, caches, classes, args, device):
     """Train in place, from where --resume finds the state, to the last step. caches: {"train", "val"}."""
     run, path, config = "ar", f"{args.out}/ar_state.pt", model.config
-    train_cache = caches["train"]
-    n, fingerprint = len(train_cache), tokenizer.fingerprint()
+    n, fingerprint = len(caches["train"]), tokenizer.fingerprint()
     fixed = {name: getattr(args, name) for name in [*data.FIXED, "class_dropout"]} | asdict(config)
     fixed["tokenizer"] = fingerprint
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -100,7 +99,7 @@ def train(model, tokenizer, caches, classes, args, device):
         sums = {"loss": 0, "accuracy": 0}
         for micro in range(args.accum):
             keys = next(micro_batches)
-            tokens, labels = train_cache.batch(keys, args.seed)
+            tokens, labels = caches["train"].batch(keys, args.seed)
             labels = drop_classes(labels, keys, args.class_dropout, args.seed, n, config.num_classes)
             tokens, labels = (t.to(device, non_blocking=True) for t in (tokens, labels))
             ddp_model.require_backward_grad_sync = micro + 1 == args.accum    # exchange gradients once a step
@@ -171,7 +170,7 @@ def main():
     device = data.start(args)
     if not args.resume:
         data.refuse_overwrite([f"{args.out}/ar_state.pt", f"{args.out}/ar.pt"])
-    tokenizer = load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device)
+    tokenizer = data.pack_linears(load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device))
     train_set, val_set = data.open_data(args, tokenizer.config.image_size, args.ten_crop)
     shape = {name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix_tokens")}
     shape |= {name: getattr(args, name) for name in PRESETS["tiny"]}

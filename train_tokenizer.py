@@ -3,8 +3,8 @@
     python train_tokenizer.py                       # built-in pictures, tiny preset, a CPU is enough
     torchrun --nproc_per_node=8 train_tokenizer.py --preset imagenet256 --data train --val-data val
 
-A stage is a list of phases, see RECIPES. Writes to --out: tokenizer_stage1.pt and tokenizer_stage2.pt (training
-states, --resume goes on from them), tokenizer.pt (the finished model), log.jsonl, pictures/.
+A stage is a list of phases, see RECIPES. Writes to --out: tokenizer_stage1.pt and tokenizer_stage2.pt (states
+that --resume goes on from), tokenizer.pt (the finished model), log.jsonl, pictures/.
 """
 import itertools
 import math
@@ -49,7 +49,7 @@ RECIPES = {
     "tiny": dict(
         batch_size=16, warmup=100, betas=(0.9, 0.95), weight_decay=1e-4, clip=1.0,
         blend_between=(0.2, 0.35), discriminator=32,
-        stages=[[Phase("pixels", 6000, 1e-3, 1e-5, quantizer=0.1)], [Phase("pixels", 4000, 2e-3, 2e-5)]]),
+        stages=[[Phase("pixels", 6000, 1e-3, 1e-5, quantizer=0.1)], [Phase("pixels", 3500, 2e-3, 2e-5)]]),
     # The released code's: PyTorch's AdamW as it is, 48 images a GPU. Here for 8 GPUs; see README.
     "paper": dict(
         batch_size=384, warmup=10_000, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0,
@@ -245,8 +245,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             log.write(done, phase=phase.name, **means, lr=lr, skipped=skipped)
             progress.set_postfix(means, phase=phase.name, skipped=skipped)
         if done % args.eval_every == 0 or done == steps:
-            picture_path = f"{args.out}/pictures/tokenizer_stage{stage}_{done:06d}.png"
-            scores = evaluate(model, val, args, device, picture_path)
+            scores = evaluate(model, val, args, device,
+                              f"{args.out}/pictures/tokenizer_stage{stage}_{done:06d}.png")
             log.write(done, **scores)
             data.say(f"{run}, step {done}: validation PSNR {scores['val_psnr']:.2f} dB, "
                      f"{scores['val_codes']} of {config.codebook_size} codes")
@@ -331,7 +331,7 @@ def main():
         train_stage(model, train, val, args, judges, stop_flag, device)
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
                              model=data.in_dtype(model.state_dict(), args.save_dtype),
-                             perceptual=args.judged_by, order=data.generation_order(config.grid).tolist())
+                             order=data.generation_order(config.grid).tolist())
     data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --data, --val-data and --out")
 
 if __name__ == "__main__":

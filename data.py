@@ -660,7 +660,7 @@ def compile_in_place(modules, steps, args, device):
     """torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes.
     Where a CPU has no compiler, PyTorch says so and goes on without."""
     torch._dynamo.config.suppress_errors = device.type == "cpu"
-    if args.compile and (device.type == "cuda" or device.type == "cpu" and steps >= 3000):
+    if args.compile and (device.type == "cuda" or device.type == "cpu" and steps >= 4000):
         for module in modules:
             module.compile()
 

@@ -866,7 +866,7 @@ def test_training_without_glibc_with_and_without_a_compiler(compiler, tmp_path, 
         with test_all.mock.patch("ctypes.CDLL", side_effect=OSError):
             data.keep_memory()
         plain, compiled = test_all.small_ar().train(), test_all.small_ar().train()
-        data.compile_in_place([compiled], 3000, test_all.SimpleNamespace(compile=True), test_all.CPU)
+        data.compile_in_place([compiled], 4000, test_all.SimpleNamespace(compile=True), test_all.CPU)
         for net in (plain, compiled):
             net(torch.arange(42).view(2, 21), torch.tensor([3, 4])).logsumexp(-1).sum().backward()
         for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):

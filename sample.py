@@ -51,7 +51,7 @@ def class_id(word, model):
 def paint(model, tokenizer, pictures, args, device, kept=None):
     """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or
     None. Yields, batch by batch, numbers (list), tokens (B, N) int64, images (B, 3, H, W) uint8."""
-    mine = pictures[data.rank()::data.world_size()]
+    mine = np.array_split(pictures, data.world_size())[data.rank()]          # in one piece: pages of its own
     sampling = {name: getattr(args, name) for name in SAMPLING}
     compiled = args.compile and device.type == "cuda" and len(mine) >= 8 * args.batch_size       # ours
     for at in data.progress_bar(range(0, len(mine), args.batch_size), "painting", args.batch_size):
@@ -262,7 +262,7 @@ def main():
             picture, name = complete(model, tokenizer, ids, args, device)
         elif args.classes:
             picture, name = paint_grid(model, tokenizer, ids, args, device)
-        path = args.png or os.path.join(args.out, name)
+        path = args.png or f"{args.out}/{name}"
         data.save_picture(path, picture)
     data.say(f"painted {subject} with {weights[0 if args.reconstruct else 1]}: {path}")
 

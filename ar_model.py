@@ -68,7 +68,7 @@ def rotary_table(grid, prefix_tokens, head_dim):
 
 def rotate(x, table):
     """Turn the pairs (x0, x1), (x2, x3), ... of x (B, H, T, D) by the angles of table (2, T, D/2)."""
-    cos, sin = table                       # float32, and so is the product: bfloat16 would blur the positions
+    cos, sin = table                       # float32, and so is the rotation: bfloat16 blurs positions
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 

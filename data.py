@@ -413,7 +413,7 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     with torch.autocast(v.device.type, enabled=False):
         if v.device.type != "cpu" or not v.requires_grad and q.shape[2] > 1:
             return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask, dropout, causal)
-        scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5              # (B, H, T, T)
+        scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5              # (B, H, queries, keys)
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         if mask is not None:
@@ -422,7 +422,7 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
 
 class PackedLinear(nn.Module):
     """A linear layer for inference on a CPU. Its weight lies as oneDNN reads it; `F.linear` would reorder it
-    in every call. The state dict stays that of the linear layer."""
+    in every call. `state_dict` gives what the linear layer's would; such a model can't load or be copied."""
     def __init__(self, linear):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
@@ -492,7 +492,7 @@ WORKERS = dict(type=natural, help="reading processes per rank (8 with a GPU, els
 above_zero, at_least_zero, from_0_to_1 = number(float, 1e-12), number(float, 0), number(float, 0, 1)
 
 def preset_parser(doc, presets):
-    """A parser of --preset and --init, which are read first: they decide the defaults of the other flags."""
+    """A parser of --preset, --init and --out, which are read first: they decide the other flags' defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, add_help=False)
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and its recipe")
@@ -510,7 +510,7 @@ def add_run_arguments(parser):
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
-    add("--lr", type=above_zero, help="peak learning rate; later phases scale with it (%(default)s)")
+    add("--lr", type=above_zero, help="of the first phase, at its peak; all scale with it (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup; fewer in short runs (%(default)s)")
     add("--clip", type=at_least_zero, help="largest gradient norm; 0 is no limit (%(default)s)")
     add("--seed", type=natural, default=0)
@@ -556,8 +556,8 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 def keep_memory():
-    """glibc gives freed memory back at every step and fetches it anew, page by page. Have it keep 64 MiB and
-    more (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX). Other systems have no such setting."""
+    """glibc returns freed memory to the system, and gets it back page by page at the next step. Have it keep
+    the memory (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX). Other systems have no such settings."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for parameter, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-4, 0)):
@@ -659,8 +659,8 @@ def distribute(model, device):
 def compile_in_place(modules, steps, args, device):
     """torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes.
     Where a CPU has no compiler, PyTorch says so and goes on without."""
-    torch._dynamo.config.suppress_errors = device.type == "cpu"
-    if args.compile and (device.type == "cuda" or device.type == "cpu" and steps >= 4000):
+    torch._dynamo.config.suppress_errors = device.type != "cuda"
+    if args.compile and (device.type == "cuda" or steps >= 4000):
         for module in modules:
             module.compile()
 

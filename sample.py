@@ -43,8 +43,7 @@ def class_id(word, model):
         return names.index(word)
     if word.isdecimal() and int(word) < model.config.num_classes:
         return int(word)
-    close = [name for name in names if word.lower() in name.lower()] or names
-    raise InputError(f"no class {word!r}: classes are 0 to {model.config.num_classes - 1}, names {close[:5]}")
+    raise InputError(f"no class {word!r}: classes are 0 to {model.config.num_classes - 1}, names {names[:5]}")
 
 # ---- Painting ------------------------------------------------------------------------------------
 
@@ -216,7 +215,7 @@ def parse_args():
     add("--out", default="out", help="folder with tokenizer.pt and ar.pt (%(default)s)")
     add("--tokenizer", help="tokenizer checkpoint (in --out, or the demo's if there is no model)")
     add("--ar", help="AR checkpoint (likewise)")
-    add("--png", help="the grid's file name (default: in --out, after what it shows)")
+    add("--png", help="a grid's file name (default: in --out, after what it shows)")
     data.add_device_arguments(parser)
     parser.set_defaults(dtype="float32")      # guidance magnifies the rounding of bfloat16
     args = parser.parse_args()
@@ -226,8 +225,6 @@ def parse_args():
                      "or without), --reconstruct or --npz")
     if args.image and len(args.classes) > 1:
         parser.error("--image takes one --class at most")
-    if args.png and (args.paint or args.npz):
-        parser.error("--png names the file of a grid; --paint and --npz name their own")
     args.num_images = args.num_images or (50_000 if args.npz else 8)
     return args
 

@@ -342,8 +342,8 @@ class Tokenizer(nn.Module):
 
     def swap_decoder(self, cold=False):
         """Stage 2: a bidirectional decoder. Encoder and codebook are frozen, so token ids stay. As in the
-        released code it starts from the tensors of the old decoder that fit: from a causal one all but buffer
-        tokens and positions. cold: it starts anew, as in the paper's words."""
+        released code it starts from the tensors of the old decoder that fit: from a causal one all but
+        buffer tokens and positions. cold: it starts anew."""
         self.stage = 2
         self.requires_grad_(False)
         old, self.config = self.decoder, replace(self.config, decoder="bidirectional")

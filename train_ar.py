@@ -181,6 +181,8 @@ def main():
     torch.manual_seed(args.seed)
     model = ARModel(config)
     if args.start:
+        if args.start.tokenizer not in (None, tokenizer.fingerprint()):
+            data.say("note: the model of --init was trained on the tokens of another tokenizer")
         start_from(model, args.start, train_set.classes)
     model.to(device)
     train(model, tokenizer, caches, train_set.classes, args, device)

@@ -9,7 +9,7 @@ that --resume goes on from), tokenizer.pt (the finished model), log.jsonl, pictu
 import itertools
 import math
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ PAPER = [
     Phase("perceptual", 200_000, 1e-4, 2e-5, quantizer=1.0, perceptual=1.0),
     Phase("gan", 100_000, 2e-5, 2e-6, quantizer=1.0, perceptual=1.0, gan=0.1 * 0.05)]
 
-# batch_size: over all ranks. warmup: steps at the start of a new decoder, a tenth of the stage at most. clip:
+# batch_size: over all ranks. warmup: of stage 1, and of stage 2 after a cold swap, a tenth at most. clip:
 # largest gradient norm, 0 is no limit. blend_between: shares of stage 1 between which quantization is blended
 # in; before, the decoder sees the latents themselves. discriminator: channels of its first layer.
 RECIPES = {
@@ -142,9 +142,9 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     stage, config = model.stage, model.config
     paths = [f"{args.out}/tokenizer_stage{k}.pt" for k in (1, 2)]
     run, path = f"tokenizer stage {stage}", paths[stage - 1]
-    phases, steps = args.phases[stage - 1], args.steps[stage - 1]
+    phases, steps = args.phases[stage], args.steps[stage - 1]
     schedule = [(phase, phase_step) for phase in phases for phase_step in range(phase.steps)]
-    fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judged_by"]}
+    fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judged_by", "blend_between"]}
     order = data.generation_order(config.grid).tolist()
     warm = stage == 2 and not args.cold_swap
     fixed |= {"files": train.files, "order": order, "warm": warm, **asdict(config)}
@@ -161,9 +161,9 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         start, skipped, losses = state["step"], state["skipped"], state["losses"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    elif warm and os.path.exists(paths[0]):
+    elif warm and (args.stage == "both" or not args.init_from):
         before = data.load_checkpoint(paths[0], "tokenizer")
-        data.load_weights(discriminator, before["discriminator"], paths[0])
+        data.load_fitting(discriminator, before["discriminator"])
     if start == steps:
         return
     if stage == 1 and start and os.path.exists(paths[1]):
@@ -287,29 +287,29 @@ def parse_args():
     add("--codebook-size", type=data.number(int, 2, data.UNWRITTEN), help="(%(default)s)")
     add("--prefix-tokens", type=data.natural, help="0, g or g + 1 for g patches a side (g + 1)")
     add("--no-prefix", dest="prefix_tokens", action="store_const", const=0, help="no prefix, no strip")
-    add("--cold-swap", action="store_true", help="stage 2 starts decoder and discriminator anew")
+    add("--cold-swap", action="store_true", help="stage 2 starts anew, discriminator and warmup too")
     add("--vision-weights", metavar="FOLDER", help="with the files of the networks behind perceptual losses "
         "(downloaded once), or 'random', for trials")
     add("--no-perceptual", dest="perceptual", action="store_false", help="no ConvNeXt and LPIPS losses")
     data.add_run_arguments(parser)
-    parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr, start=start)
-    args = parser.parse_args()
-    args.lr_scale = args.lr / lr
-    return args
+    parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr, base_lr=lr, start=start)
+    return parser.parse_args()
 
 def main():
     args = parse_args()
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
     device, share = data.start(args), config.prefix_tokens / config.grid ** 2
-    args.phases = [plan(phases, count, args.lr_scale, args.perceptual, share)
-                   for phases, count in zip(args.stages, args.steps)]
-    train, val = data.open_data(args, config.image_size)
     stages = [1, 2] if args.stage == "both" else [int(args.stage)]
+    if stages == [2] and config != replace(args.start.config, decoder=config.decoder):
+        raise InputError(f"stage 2 takes its shape from a file ({args.start.config}); leave out other flags")
+    args.phases = {stage: plan(args.stages[stage - 1], args.steps[stage - 1], args.lr / args.base_lr,
+                               args.perceptual, share) for stage in stages}
+    train, val = data.open_data(args, config.image_size)
     if not args.resume:
         states = [f"{args.out}/tokenizer_stage{stage}.pt" for stage in stages]
-        data.refuse_overwrite(states + [f"{args.out}/tokenizer.pt"] * (1 in stages))
+        data.refuse_overwrite(states + [f"{args.out}/tokenizer.pt"] * (1 in stages or bool(args.init_from)))
     judges, args.judged_by = {}, "none"
-    if any(phase.perceptual or phase.lpips for phase in args.phases[0] + args.phases[1]):
+    if any(phase.perceptual or phase.lpips for phase in itertools.chain(*args.phases.values())):
         judges = load_judges(args.vision_weights, device)
         args.judged_by = "random" if args.vision_weights == "random" else "ConvNeXt and LPIPS"
 

@@ -780,7 +780,7 @@ BAD = {train_tokenizer: {                     # {words: what the message has to 
     "--data {bad}/zero --workers 2": "7.jpg", "--data {bad}/bomb": "7.png", "--data {bad}/thin": "thin",
     "--data {bad}/broken --val-data {bad}/other": "other classes", "--val-data {bad}/other": "--val-data",
     "--image-size 60": "multiple of", "--steps 0 5": "--steps", "--clip nan": "--clip", "--encoder x": "'x'",
-    "--device {absent}": "{absent}", "--batch-size 9 --accum 2": "multiple of", "--out {bad}/text.pt/x": "pt/x",
+    "--device {absent}": "{absent}", "--batch-size 9 --accum 2": "multiple", "--out {bad}/text.pt/x": "pt/x",
     "--recipe paper --no-perceptual --steps 2 9": "too few", "--lr 1e6 --steps 3 1": "not finite",
     "--recipe paper --vision-weights {bad}/empty --steps 9 9": "convnext_small", "--out {trained}": "already",
     "--stage 2": "no such checkpoint", "--stage 2 --out {trained} --codebook-size 128": "takes its shape",

@@ -1,6 +1,6 @@
 """Tests of everything that could break, on the CPU, and the evidence that is no part of the product.
 
-    python -m pytest test_all.py                     # all of it, under five minutes on two cores
+    python -m pytest test_all.py                     # all of it, about six minutes on two cores
     python -m pytest -m "not slow" test_all.py       # about a minute: no kills, ranks, pipelines, compiler
     python test_all.py benchmark                     # milliseconds a token in sampling, each way
     python test_all.py shapes out run-0 run-1        # a table of runs: are their samples what was asked for?
@@ -888,13 +888,13 @@ def test_resume_may_lengthen_a_run(trained, tmp_path):
     assert not differing(before, load(tmp_path / STATES[0]))
 
 def test_fine_tuning_starts_where_the_other_model_ended(trained, tmp_path):
-    words = f"--warmup 0 --lr 1e-9 --dtype float32 --out {tmp_path} --steps 1"
+    words, init = f"--warmup 0 --lr 1e-9 --out {tmp_path} --steps 1", f"--init {trained}/tokenizer.pt"
     must(train_ar, on_tokens(trained), f"--init {trained}/ar_state.pt", words)
     for stage in "12":
-        must(train_tokenizer, TOKENIZER, f"--init {trained}/tokenizer.pt --stage {stage}", words, "1")
-    for run, key, most in (("ar", "val_loss", 1e-4), ("tokenizer stage 1", "val_psnr", 0.1),
-                           ("tokenizer stage 2", "val_psnr", 0.1)):
-        assert log_of(tmp_path, run, key) == pytest.approx(log_of(trained, run, key)[-1:], abs=most), run
+        must(train_tokenizer, TOKENIZER, words, f"1 --stage {stage} --out {tmp_path}/{stage}", init)
+    for out, run in ("", "ar"), ("1", "tokenizer stage 1"), ("2", "tokenizer stage 2"):
+        key, most = ("val_psnr", 0.1) if out else ("val_loss", 1e-4)
+        assert log_of(tmp_path / out, run, key) == pytest.approx(log_of(trained, run, key)[-1:], abs=most)
     old = load_ar(trained / "ar.pt")
     model = ARModel(replace(old.config, num_classes=3))
     ar_model.start_from(model, old, [old.classes[7], "dodo", old.classes[0]])

@@ -1,4 +1,4 @@
-"""First half: pictures, batches and the token cache. Second half: what every run needs.
+"""First half: pictures, batches, the token cache. Then what both models need, and what every run needs.
 
 Notable:
 - A built-in data set, `shapes`, needs no download: drawn pictures, each a function of (seed, split, index).

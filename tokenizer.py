@@ -118,7 +118,7 @@ def own_patches(config):
     the first g in the order of generation (by default the first row). Image tokens: every patch."""
     order = generation_order(config.grid)
     strip = torch.cat([order[:1], order[:config.grid]])
-    return torch.cat([strip[len(strip) - config.prefix_tokens:], order])     # fewer tokens: the first ones go
+    return torch.cat([strip[len(strip) - config.prefix_tokens:], order])     # P = g: without the first patch
 
 def causal_encoder_mask(config):
     """Who sees whom in a causal encoder: (T, T) bool, T = g*g patches, then N latents. True: row sees column.

@@ -133,13 +133,11 @@ class Block(nn.Module):
 
 class ARModel(nn.Module):
     """Tokens are (B, T) int64, classes (B,) int64; class `num_classes` is the null class of guidance."""
-    caches = None                # keys and values of every block, kept for the next batch of the same size
-
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        # rows: V tokens, one unused, the classes, the null class
-        self.embeddings = nn.Embedding(config.codebook_size + 1 + config.num_classes + 1, config.width)
+        self.config, self.caches = config, {}
+        rows = config.codebook_size + 1 + config.num_classes + 1  # V tokens, one unused, classes, null class
+        self.embeddings = nn.Embedding.from_pretrained(torch.empty(rows, config.width), freeze=False)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
@@ -148,8 +146,8 @@ class ARModel(nn.Module):
             table = rotary_table(config.grid, config.prefix_tokens, config.width // config.heads)
         self.register_buffer("table", table, persistent=False)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
+                nn.init.normal_(module.weight, std=0.02)          # on "meta" it would only load the compiler
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)
@@ -189,12 +187,14 @@ class ARModel(nn.Module):
         c, on_cpu = self.config, self.table.device.type == "cpu"
         like = self.table if on_cpu else self.blocks[0].norm1.weight
         shape = (batch, c.heads, 1 + c.num_tokens, c.width // c.heads)
-        if self.caches is None or self.caches[0][0].shape != shape:
-            self.caches = None                                    # frees the old ones first
-            self.caches = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
+        kind = shape, like.dtype, like.device
+        if kind not in self.caches:
+            self.caches.clear()                                   # frees the old ones first
+            caches = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
             if on_cpu:                                            # keys lie as the product reads them
-                self.caches = [(keys.mT.contiguous().mT, values) for keys, values in self.caches]
-        return self.caches
+                caches = [(keys.mT.contiguous().mT, values) for keys, values in caches]
+            self.caches[kind] = caches
+        return self.caches[kind]
 
     @torch.no_grad()
     def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None,

@@ -352,7 +352,7 @@ class TokenCache:
         try:
             with open(self.note) as file:
                 saved = dict(json.load(file))
-            self.tokens = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            self.tokens = open_array(self.path)
         except (ValueError, TypeError, EOFError, FileNotFoundError):
             self.refuse()
         refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
@@ -391,17 +391,17 @@ class TokenCache:
 
     def build(self, dataset, tokenizer, device, workers, batch_size):
         """Encode the images whose tokens are missing, every rank its share."""
-        missing, tokens = self.missing(), np.load(self.path, mmap_mode="r+", allow_pickle=False)
+        missing = self.missing()
         barrier()                             # every rank has the same list before one of them shortens it
-        share = np.array_split(missing, world_size())[rank()]                # in one piece: pages of its own
+        share = np.array_split(missing, world_size())[rank()]
         micro = max(1, batch_size // dataset.crops)
         rows = [share[at:at + micro] for at in range(0, len(share), micro)]
         stream = batches(dataset.read_crops, [indices[:, None] for indices in rows], workers)
         for indices, images in zip(progress_bar(rows, "tokens", micro), stream):       # (B, crops, 3, H, W)
             ids = tokenizer.encode(to_float(images.flatten(0, 1), device))
-            tokens[indices] = ids.unflatten(0, images.shape[:2]).cpu().numpy()
-        tokens.flush()
+            write_rows(self.tokens, indices, ids.unflatten(0, images.shape[:2]).cpu().numpy())
         barrier()
+        self.tokens = open_array(self.path)   # with what other hosts wrote
         if len(self.missing()):
             raise InputError(f"{len(self.missing())} rows of {self.path} are not on the disk; run this again")
 
@@ -443,6 +443,8 @@ def pack_linears(model):
         for name, layer in module.named_children():
             if isinstance(layer, nn.Linear):
                 setattr(module, name, PackedLinear(layer))
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.clone()          # now nothing holds the mapped file in memory any more
     return model
 
 # ==== What every run needs ========================================================================
@@ -702,14 +704,23 @@ def replace_file(path, write):
         raise InputError(f"can't write {path} ({error}); make room, or name another place") from None
 
 def create_array(path, dtype, shape, fill):
-    """A new memory-mapped .npy of one value. It takes its room on the disk now: a full disk says so here."""
+    """A new .npy of one value. It takes its room on the disk now: a full disk says so here."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    array[:] = fill
-    array.flush()
+    write_rows(array, range(shape[0]), itertools.repeat(np.full(shape[1:], fill)))
+
+def open_array(path):
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+def write_rows(array, indices, rows):
+    """Write rows of a memory-mapped .npy to its file. Through the map the system would write whole pages: on
+    a page that two hosts share, one would bring old rows back over the other's new ones."""
+    with open(array.filename, "r+b") as file:
+        for index, row in zip(indices, rows):
+            file.seek(array.offset + index * array.nbytes // len(array))
+            file.write(row.astype(array.dtype).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
 
 def file_digest(path):
     """The sha256 of a file in hex digits."""
@@ -751,8 +762,6 @@ def load_checkpoint(path, kind, from_released=lambda state: None):
         content = None
     if content is None:
         raise InputError(f"{path} is not a checkpoint of kind '{kind}', nor a released one")
-    if not content["config"].pop("prefix", True):             # before it had a number, False was none
-        content["config"]["prefix_tokens"] = 0
     return content
 
 def load_weights(model, state, path):

@@ -325,31 +325,39 @@ def image_batches(images, name, args):
     for span, (pixels, _) in zip(data.progress_bar(spans, name, args.batch_size), stream):
         yield span, pixels
 
-def gaussian(rows):
-    """(n, D) -> mean (D,), covariance (D, D), in float64 on the CPU."""
+def moments(rows):
+    """(n, D) -> (D + 1, D + 1) in float64: sums of the products of two columns, of which the last is all ones.
+    Those of batches and of ranks add up."""
     rows = rows.cpu() if rows.device.type == "mps" else rows                 # Apple's GPUs have no float64
-    mean = rows.mean(0, dtype=torch.float64)
-    scatter = sum((part - mean).T @ (part - mean) for part in rows.split(4096))
-    return mean.cpu(), scatter.cpu() / (len(rows) - 1)
+    rows = F.pad(rows.double(), (0, 1), value=1)
+    return rows.T @ rows
 
-def statistics(rows, name):
-    """Features (n, 4071), each image's on one rank and zero on the others -> on rank 0 "mu", "sigma" of the
-    pool features, "mu_s", "sigma_s" of the spatial ones, and "pool" (n, 2048); on the others {}."""
-    if len(rows) < 2:
-        raise InputError(f"statistics need two images at least, found {len(rows)} in {name}")
-    if dist.is_initialized():
-        dist.reduce(rows, 0)
-    if data.rank() > 0:
-        return {}
-    pool, spatial = rows.split([2048, 2023], 1)
-    return dict(zip([*STATISTICS, "pool"], [*gaussian(pool), *gaussian(spatial), pool]))
+def gaussian(sums):
+    """`moments` -> mean (D,), covariance (D, D), on the CPU."""
+    count, totals = sums[-1, -1], sums[-1, :-1]
+    mean = totals / count
+    return mean.cpu(), ((sums[:-1, :-1] - totals[:, None] * mean) / (count - 1)).cpu()
+
+def add_on_rank_0(*tensors):
+    for tensor in tensors * dist.is_initialized():
+        dist.reduce(tensor, 0)
 
 def extract(images, net, device, name, args):
-    """`statistics` of --num-images images of a set, by default of all."""
-    rows = torch.zeros(min(len(images), args.num_images or len(images)), 4071, device=device)
+    """Features of --num-images images of a set, by default of all -> on rank 0 "mu", "sigma" of the pool
+    features, "mu_s", "sigma_s" of the spatial ones, and "pool" (n, 2048); on the others {}."""
+    count = min(len(images), args.num_images or len(images))
+    if count < 2:
+        raise InputError(f"statistics need two images at least, found {count} in {name}")
+    pool, spatial_sums = torch.zeros(count, 2048, device=device), moments(torch.zeros(0, 2023, device=device))
     for places, pixels in image_batches(images, name, args):
-        rows[places] = net(prepare(pixels.to(device, non_blocking=True)))
-    return statistics(rows, name)
+        features = net(prepare(pixels.to(device, non_blocking=True)))
+        pool[places] = features[:, :2048]
+        spatial_sums += moments(features[:, 2048:])
+    add_on_rank_0(pool, spatial_sums)
+    if data.rank() > 0:
+        return {}
+    pool_sums = sum(map(moments, pool.split(4096)))
+    return dict(zip([*STATISTICS, "pool"], [*gaussian(pool_sums), *gaussian(spatial_sums), pool]))
 
 def load_statistics(path, net, device, args):
     """Like `statistics`, of an .npz of images or statistics or both, or of a folder; without what is not
@@ -447,21 +455,22 @@ def tokenizer_metrics(tokenizer, images, net, device, args):
     """How well a tokenizer reconstructs --num-images pictures, in 8 bits: {"rFID", "PSNR" in dB, "SSIM",
     "codebook_use": share of codes that occur, "images"}, on rank 0."""
     count = min(len(images), args.num_images or len(images))
-    real, painted = torch.zeros(2, count, 4071, device=device)
+    real_sums, painted_sums = (moments(torch.zeros(0, 2048, device=device)) for _ in range(2))
     totals = torch.zeros(2 + tokenizer.config.codebook_size, dtype=torch.float64)      # PSNR, SSIM, each code
-    for places, pixels in image_batches(images, "reconstructing", args):
+    for _, pixels in image_batches(images, "reconstructing", args):
         before = data.to_float(pixels, device)
         tokens = tokenizer.encode(before)
         after = (tokenizer.decode(tokens) * 255).round().byte()
-        real[places], painted[places] = net(prepare(pixels.to(device))), net(prepare(after))
+        real_sums += moments(net(prepare(pixels.to(device)))[:, :2048])
+        painted_sums += moments(net(prepare(after))[:, :2048])
         after = data.to_float(after, device)
         totals[:2] += torch.stack([psnr(after, before).sum(), ssim(after, before).sum()]).cpu()
         totals[2:] += tokens.flatten().bincount(minlength=len(totals) - 2).cpu()
     psnr_sum, ssim_sum, *codes = data.over_ranks(totals.tolist())
-    real, painted = statistics(real, args.data), statistics(painted, args.data)
-    if not real:
+    add_on_rank_0(real_sums, painted_sums)
+    if data.rank() > 0:
         return {}
-    return {"rFID": frechet_distance(real["mu"], real["sigma"], painted["mu"], painted["sigma"]),
+    return {"rFID": frechet_distance(*gaussian(real_sums), *gaussian(painted_sums)),
             "PSNR": psnr_sum / count, "SSIM": ssim_sum / count,
             "codebook_use": sum(uses > 0 for uses in codes) / len(codes), "images": [count]}
 

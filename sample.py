@@ -50,7 +50,7 @@ def class_id(word, model):
 def paint(model, tokenizer, pictures, args, device, kept=None):
     """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or
     None. Yields, batch by batch, numbers (list), tokens (B, N) int64, images (B, 3, H, W) uint8."""
-    mine = np.array_split(pictures, data.world_size())[data.rank()]          # in one piece: pages of its own
+    mine = np.array_split(pictures, data.world_size())[data.rank()]
     sampling = {name: getattr(args, name) for name in SAMPLING}
     compiled = args.compile and device.type == "cuda" and len(mine) >= 8 * args.batch_size       # ours
     for at in data.progress_bar(range(0, len(mine), args.batch_size), "painting", args.batch_size):
@@ -96,15 +96,14 @@ def paint_npz(model, tokenizer, args, device, weights):
         data.create_array(paths[0], np.uint8, (n, size, size, 3), 0)
         data.create_array(paths[1], np.uint8, (n,), 0)
     data.barrier()
-    images, done = (np.load(path, mmap_mode="r+", allow_pickle=False) for path in paths)
+    images, done = map(data.open_array, paths)
     pictures = [(int(k), int(k) % classes) for k in np.flatnonzero(done == 0)]
     data.barrier()                            # every rank has the same list before one of them shortens it
     for numbers, _, painted in paint(model, tokenizer, pictures, args, device):
-        images[numbers] = painted.permute(0, 2, 3, 1).numpy()
-        images.flush()                        # a picture is on disk before it counts as done
-        done[numbers] = 1
-    done.flush()
+        data.write_rows(images, numbers, painted.permute(0, 2, 3, 1).numpy())
+        data.write_rows(done, numbers, np.ones(len(numbers)))                # its picture is on the disk
     data.barrier()
+    images, done = map(data.open_array, paths)                # with what other hosts wrote
     if not done.all():
         raise InputError(f"{(done == 0).sum()} pictures are not on the disk in {paths[0]}; run this again")
     if data.rank() == 0:

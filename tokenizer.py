@@ -109,7 +109,8 @@ class Block(nn.Module):
 
 def learned(count, width):
     """Learned tokens or positions, (count, width), of the paper's scale."""
-    return nn.Parameter(torch.randn(count, width) * width ** -0.5)
+    values = torch.empty(count, width)
+    return nn.Parameter(values if values.is_meta else values.normal_(std=width ** -0.5))
 
 # ---- Encoder: picture -> latents --------------------------------------------------------------------
 
@@ -444,8 +445,6 @@ def load_tokenizer(path, device="cpu"):
     """The tokenizer of a file of train_tokenizer.py, or of a released one, in eval mode."""
     saved = load_checkpoint(path, "tokenizer", from_released)
     config, state = TokenizerConfig(**saved["config"]), saved["model"]
-    for name, value in (saved.get("causal_decoder") or {}).items():          # where files kept it before
-        state[f"causal_decoder.{name}"] = value
     causal = replace(config, decoder="causal")
     with torch.device("meta"):                                # without random weights
         model = Tokenizer(config)

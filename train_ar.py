@@ -53,7 +53,7 @@ def paint_samples(model, tokenizer, path, seed, n=32):
     model.eval()
     classes = torch.tensor([k * model.config.num_classes // n for k in range(n)])
     tokens = model.generate(classes, image_uniforms(seed, range(n), model.config.num_tokens))
-    model.caches = None                                       # training needs the memory
+    model.caches.clear()                                      # training needs the memory
     model.train()
     data.save_picture(path, data.grid_image(tokenizer.decode(tokens), 8))
 

@@ -286,7 +286,6 @@ def parse_args():
     add("--patch-size", type=data.positive, help="(%(default)s)")
     add("--codebook-size", type=data.number(int, 2, data.UNWRITTEN), help="(%(default)s)")
     add("--prefix-tokens", type=data.natural, help="0, g or g + 1 for g patches a side (g + 1)")
-    add("--no-prefix", dest="prefix_tokens", action="store_const", const=0, help="no prefix, no strip")
     add("--cold-swap", action="store_true", help="stage 2 starts anew, discriminator and warmup too")
     add("--vision-weights", metavar="FOLDER", help="with the files of the networks behind perceptual losses "
         "(downloaded once), or 'random', for trials")

@@ -436,12 +436,13 @@ class PackedLinear(nn.Module):
         destination[prefix + "weight"] = self.weight.to_dense()
 
 def pack_linears(model):
-    """For inference on a CPU: linear layers become `PackedLinear`, where oneDNN is there. -> model"""
+    """For inference on a CPU: linear layers become `PackedLinear`, where oneDNN can do that. -> model"""
     if not torch.backends.mkldnn.is_available() or next(model.parameters()).device.type != "cpu":
         return model
+    dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for module in list(model.modules()):
         for name, layer in module.named_children():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and layer.weight.dtype in dtypes:
                 setattr(module, name, PackedLinear(layer))
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         tensor.data = tensor.clone()          # now nothing holds the mapped file in memory any more

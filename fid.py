@@ -326,8 +326,8 @@ def image_batches(images, name, args):
         yield span, pixels
 
 def moments(rows):
-    """(n, D) -> (D + 1, D + 1) in float64: sums of the products of two columns, of which the last is all ones.
-    Those of batches and of ranks add up."""
+    """(n, D) -> (D + 1, D + 1) in float64: sums of the products of two columns, after one of ones is added.
+    The sums of batches and of ranks add up."""
     rows = rows.cpu() if rows.device.type == "mps" else rows                 # Apple's GPUs have no float64
     rows = F.pad(rows.double(), (0, 1), value=1)
     return rows.T @ rows

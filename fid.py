@@ -46,12 +46,11 @@ def find_weights(name, place=None):
     One rank of each machine downloads, to torch.hub's folder. InputError when the file can't be had."""
     address, digest = WEIGHTS[name]
     file_name = os.path.basename(address)
-    if place:
-        path = os.path.join(place, file_name) if os.path.isdir(place) else place
-        if not os.path.isfile(path):
-            raise InputError(f"no such file: {path}; it is published at {address}")
-        return path
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
+    path = place or os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
+    if os.path.isdir(path):
+        path = os.path.join(path, file_name)
+    if place and not os.path.isfile(path):
+        raise InputError(f"no such file: {path}; it is published at {address}")
     if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.exists(path):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -65,26 +64,21 @@ def find_weights(name, place=None):
 
 # ---- Inception of 2015-12-05. Modules bear the names that the weights file gives them. -----------
 
-# A line a block: its pool, then branches side by side. A branch has a name and steps, channels:kernel. The
-# last step has stride 2 if the pool ends in /2. Two kernels in a step are two convolutions of the same input.
+# A line a block: its pool, then branches side by side. A branch is a name and steps, channels:kernel or, if
+# the kernel is 1x1, channels. The last step has stride 2 if the pool ends in /2. Two kernels in a
+# step are two convolutions of the same input.
 MIXED = {
-    "5b": "avg   | 1x1 64:1x1  | 5x5 48:1x1 64:5x5 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool 32:1x1",
-    "5c": "avg   | 1x1 64:1x1  | 5x5 48:1x1 64:5x5 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool 64:1x1",
-    "5d": "avg   | 1x1 64:1x1  | 5x5 48:1x1 64:5x5 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool 64:1x1",
-    "6a": "max/2 | 3x3 384:3x3 | 3x3dbl 64:1x1 96:3x3 96:3x3 | _pool",
-    "6b": "avg   | 1x1 192:1x1 | 7x7 128:1x1 128:1x7 192:7x1 | "
-          "7x7dbl 128:1x1 128:7x1 128:1x7 128:7x1 192:1x7 | _pool 192:1x1",
-    "6c": "avg   | 1x1 192:1x1 | 7x7 160:1x1 160:1x7 192:7x1 | "
-          "7x7dbl 160:1x1 160:7x1 160:1x7 160:7x1 192:1x7 | _pool 192:1x1",
-    "6d": "avg   | 1x1 192:1x1 | 7x7 160:1x1 160:1x7 192:7x1 | "
-          "7x7dbl 160:1x1 160:7x1 160:1x7 160:7x1 192:1x7 | _pool 192:1x1",
-    "6e": "avg   | 1x1 192:1x1 | 7x7 192:1x1 192:1x7 192:7x1 | "
-          "7x7dbl 192:1x1 192:7x1 192:1x7 192:7x1 192:1x7 | _pool 192:1x1",
-    "7a": "max/2 | 3x3 192:1x1 320:3x3 | 7x7x3 192:1x1 192:1x7 192:7x1 192:3x3 | _pool",
-    "7b": "avg   | 1x1 320:1x1 | 3x3 384:1x1 384:1x3:3x1 | "
-          "3x3dbl 448:1x1 384:3x3 384:1x3:3x1 | _pool 192:1x1",
-    "7c": "max   | 1x1 320:1x1 | 3x3 384:1x1 384:1x3:3x1 | "
-          "3x3dbl 448:1x1 384:3x3 384:1x3:3x1 | _pool 192:1x1",
+    "5b": "avg   | 1x1 64  | 5x5 48 64:5x5 | 3x3dbl 64 96:3x3 96:3x3 | _pool 32",
+    "5c": "avg   | 1x1 64  | 5x5 48 64:5x5 | 3x3dbl 64 96:3x3 96:3x3 | _pool 64",
+    "5d": "avg   | 1x1 64  | 5x5 48 64:5x5 | 3x3dbl 64 96:3x3 96:3x3 | _pool 64",
+    "6a": "max/2 | 3x3 384:3x3 | 3x3dbl 64 96:3x3 96:3x3 | _pool",
+    "6b": "avg | 1x1 192 | 7x7 128 128:1x7 192:7x1 | 7x7dbl 128 128:7x1 128:1x7 128:7x1 192:1x7 | _pool 192",
+    "6c": "avg | 1x1 192 | 7x7 160 160:1x7 192:7x1 | 7x7dbl 160 160:7x1 160:1x7 160:7x1 192:1x7 | _pool 192",
+    "6d": "avg | 1x1 192 | 7x7 160 160:1x7 192:7x1 | 7x7dbl 160 160:7x1 160:1x7 160:7x1 192:1x7 | _pool 192",
+    "6e": "avg | 1x1 192 | 7x7 192 192:1x7 192:7x1 | 7x7dbl 192 192:7x1 192:1x7 192:7x1 192:1x7 | _pool 192",
+    "7a": "max/2 | 3x3 192 320:3x3 | 7x7x3 192 192:1x7 192:7x1 192:3x3 | _pool",
+    "7b": "avg   | 1x1 320 | 3x3 384 384:1x3:3x1 | 3x3dbl 448 384:3x3 384:1x3:3x1 | _pool 192",
+    "7c": "max   | 1x1 320 | 3x3 384 384:1x3:3x1 | 3x3dbl 448 384:3x3 384:1x3:3x1 | _pool 192",
 }
 
 class ConvNorm(nn.Module):
@@ -92,8 +86,9 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs, outputs, kernel, stride=1, padded=True):
         super().__init__()
         kernel = [int(size) for size in kernel.split("x")]
-        padding = [size // 2 for size in kernel] if padded and stride == 1 else 0
+        padding = "same" if padded and stride == 1 else 0
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x):
@@ -104,79 +99,73 @@ class Mixed(nn.Module):
     def __init__(self, inputs, line):
         super().__init__()
         pool, *branches = line.split("|")
-        self.pool, self.stride, self.branches, self.outputs = pool.strip(), 2 if "/2" in pool else 1, {}, 0
+        pool_stride = 2 if "/2" in pool else 1
+        self.pool = nn.MaxPool2d(3, pool_stride, 2 - pool_stride)
+        if "avg" in pool:
+            self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        self.branches, self.outputs = {}, 0
         for branch in branches:
             name, *steps = branch.split()
             width, self.branches[name] = inputs, []
             for k, step in enumerate(steps, 1):
                 channels, *kernels = step.split(":")
+                stride = pool_stride if k == len(steps) else 1
+                convs = [ConvNorm(width, int(channels), kernel, stride) for kernel in kernels or ["1x1"]]
                 number = f"_{k}" if len(steps) > 1 else ""          # as the weights file counts: _1, _2a, _2b
-                names = [f"branch{name}{number}{letter}" for letter in ("ab" if len(kernels) > 1 else [""])]
-                for conv, kernel in zip(names, kernels):
-                    stride = self.stride if k == len(steps) else 1
-                    self.add_module(conv, ConvNorm(width, int(channels), kernel, stride))
-                self.branches[name].append(names)
-                width = int(channels) * len(kernels)
+                for letter, conv in zip("ab" if len(convs) > 1 else [""], convs):
+                    self.add_module(f"branch{name}{number}{letter}", conv)
+                self.branches[name].append(convs)
+                width = int(channels) * len(convs)
             self.outputs += width
 
     def forward(self, x):
-        outputs, padding = [], 2 - self.stride
+        outputs = []
         for branch, steps in self.branches.items():
-            y = x
-            if branch == "_pool" and self.pool == "avg":
-                y = F.avg_pool2d(x, 3, self.stride, padding, count_include_pad=False)
-            elif branch == "_pool":
-                y = F.max_pool2d(x, 3, self.stride, padding)
-            for names in steps:
-                y = torch.cat([self.get_submodule(name)(y) for name in names], 1)
+            y = self.pool(x) if branch == "_pool" else x
+            for convs in steps:
+                y = torch.cat([conv(y) for conv in convs], 1)
             outputs.append(y)
         return torch.cat(outputs, 1)
 
 class Inception(nn.Module):
     """(B, 3, 299, 299) floats from `prepare` -> (B, 4071): 2048 pool features, 2023 spatial ones."""
     def __init__(self):
-        super().__init__()
+        super().__init__()                                              # `forward` calls these in this order
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, "3x3", stride=2)
-        self.Conv2d_2a_3x3 = ConvNorm(32, 32, "3x3", padded=False)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, "3x3", padded=False)           # (B, 32, 147, 147)
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, "3x3")
+        self.pool_2 = nn.MaxPool2d(3, 2)                                     # (B, 64, 73, 73)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80, "1x1")
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, "3x3", padded=False)
+        self.pool_4 = nn.MaxPool2d(3, 2)                                     # (B, 192, 35, 35)
         channels = 192
-        for name, line in MIXED.items():
-            self.add_module(f"Mixed_{name}", Mixed(channels, line))
-            channels = self.get_submodule(f"Mixed_{name}").outputs
+        for name, line in MIXED.items():                                # 5: 35 x 35, 6: 17 x 17, 7: 8 x 8
+            block = Mixed(channels, line)
+            self.add_module(f"Mixed_{name}", block)
+            channels = block.outputs
         self.fc = nn.Linear(2048, 1008)                                # its weight serves the Inception Score
 
     def forward(self, x):
-        x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))                        # (B, 32, 147, 147)
-        x = F.max_pool2d(self.Conv2d_2b_3x3(x), 3, 2)                        # (B, 64, 73, 73)
-        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)    # (B, 192, 35, 35)
-        for name in MIXED:                                                  # 5: 35 x 35, 6: 17 x 17, 7: 8 x 8
-            x = self.get_submodule(f"Mixed_{name}")(x)
-            if name == "6d":
+        for name, layer in self.named_children():
+            if name != "fc":
+                x = layer(x)
+            if name == "Mixed_6d":
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)            # (B, 2023): of the 1x1 branch
         return torch.cat([x.mean((2, 3)), spatial], 1)
 
 def prepare(images):
     """(B, 3, H, W) uint8 -> (B, 3, 299, 299) floats in [-1, 1), resized by TensorFlow 1's bilinear rule. That
-    rule has no half-pixel centres: output pixel k reads the input at k * size / 299."""
-    x = images.float()
-    for dim in (2, 3):
-        size = x.shape[dim]
-        source = torch.arange(299, device=x.device) * (size / 299)
-        low = source.long().clamp_max(size - 1)
-        share = (source - low).view(-1, *[1] * (3 - dim))
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(size - 1)), share)
+    rule has no half-pixel centres: output pixel k reads the input at k * size / 299. `align_corners` reads at
+    k * (size - 1) / (299 - 1), which becomes the same with one pixel more of input and of output."""
+    x = F.pad(images.float(), (0, 1, 0, 1), mode="replicate")
+    x = F.interpolate(x, (300, 300), mode="bilinear", align_corners=True)[..., :299, :299]
     return (x - 128) / 128
 
-def load_inception(place=None, device=torch.device("cpu")):
+def load_inception(place, device):
     """The network, frozen. `origin` says whose figures these are: how the file's sha256 begins, or "random".
     place: a weights file, "random" (seeded, to try things offline), or None for the published weights."""
     torch.manual_seed(0)
     net = Inception().requires_grad_(False)
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     net.origin = "random"
     if place != "random":
         path = find_weights("inception", place)
@@ -207,9 +196,10 @@ class ConvNeXtBlock(nn.Module):
         self.layer_scale = nn.Parameter(torch.ones(width, 1, 1))
 
     def forward(self, x):
-        y = self.block["2"](self.block["0"](x).permute(0, 2, 3, 1))                             # (B, h, w, C)
-        y = self.block["5"](F.gelu(self.block["3"](y)))
-        return x + self.layer_scale * y.permute(0, 3, 1, 2)
+        conv, norm, widen, narrow = self.block.values()
+        y = norm(conv(x).permute(0, 2, 3, 1))                                # (B, h, w, C)
+        y = narrow(F.gelu(widen(y))).permute(0, 3, 1, 2)
+        return x + self.layer_scale * y
 
 class ConvNeXt(nn.Module):
     """ConvNeXt-S (arXiv 2201.03545): images (B, 3, H, W) in [0, 1] -> ImageNet logits (B, 1000)."""
@@ -232,24 +222,22 @@ class LPIPS(nn.Module):
     """LPIPS with VGG16 (arXiv 1801.03924): two batches of images (B, 3, H, W) in [0, 1] -> distances (B,)."""
     def __init__(self):
         super().__init__()
-        layers, channels, self.ends = [], 3, []           # ends: the last ReLU of each of VGG16's five stages
+        layers, channels = [], 3
         for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
             for _ in range(depth):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
-            self.ends.append(len(layers) - 1)
             layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers[:-1])
+        self.features = nn.Sequential(*layers)
         self.lin = nn.ParameterList(torch.rand(1, width, 1, 1) for width in (64, 128, 256, 512, 512))
 
     def forward(self, a, b):
-        x, distance = normalize(torch.cat([a, b])), 0
-        for k, layer in enumerate(self.features):
-            x = layer(x)
-            if k in self.ends:
+        x, distance, weights = normalize(torch.cat([a, b])), 0, iter(self.lin)
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):           # the end of one of VGG16's five stages
                 one, other = F.normalize(x.float(), dim=1).chunk(2)
-                weight = self.lin[self.ends.index(k)]
-                distance = distance + ((one - other).pow(2) * weight).sum(1).mean((1, 2))
+                distance = distance + ((one - other).pow(2) * next(weights)).sum(1).mean((1, 2))
+            x = layer(x)
         return distance
 
 def load_judges(place, device):
@@ -270,19 +258,16 @@ def load_judges(place, device):
 # ---- Images and their statistics ----------------------------------------------------------------------
 
 class NpzImages:
-    """`arr_0` of an .npz, uint8 (n, H, W, 3), read image by image and never in memory as a whole."""
+    """`arr_0` of an .npz, uint8 (n, H, W, 3), read one by one. ValueError for another array."""
     def __init__(self, path):
         self.path, self.file = path, None
-        try:
-            with zipfile.ZipFile(path).open("arr_0.npy") as file:
-                np.lib.format.read_magic(file)
-                self.shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
-                self.start = file.tell()
-        except Exception as error:            # zipfile, zlib and numpy each have their own kinds
-            raise InputError(f"{path} is no .npz of images (arr_0), or it is damaged ({error})") from None
+        with zipfile.ZipFile(path).open("arr_0.npy") as file:
+            np.lib.format.read_magic(file)
+            self.shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+            self.start = file.tell()
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or by_column:
-            raise InputError(f"arr_0 in {path} must be images of one size, uint8 (n, H, W, 3) in C order; it "
-                             f"is {dtype} {self.shape}")
+            raise ValueError("arr_0 must be images of one size, uint8 (n, H, W, 3) in C order; it is "
+                             f"{dtype} {self.shape}")
 
     def __len__(self):
         return self.shape[0]
@@ -299,9 +284,9 @@ class NpzImages:
         return data.to_tensor(pixels), index
 
 class Folder:
-    """All images in a folder, at any depth, in the order of their paths; cropped to crop x crop if given."""
-    def __init__(self, folder, crop=None):
-        self.crop, self.paths = crop, data.image_files(folder)
+    """All images in a folder, at any depth, by path, or a single file; cropped to crop x crop if given."""
+    def __init__(self, path, crop=None):
+        self.crop, self.paths = crop, [path] if os.path.isfile(path) else data.image_files(path)
         self.size = None if crop or not self.paths else data.read_image(self.paths[0]).size
 
     def __len__(self):
@@ -317,13 +302,15 @@ class Folder:
         return data.to_tensor(np.asarray(image)), index
 
 def image_batches(images, name, args):
-    """This rank's share of --num-images of a set: their places (a slice), images (B, 3, H, W) uint8."""
+    """--num-images of a set, by default all -> how many, and this rank's batches of them: place (a slice) and
+    [images (B, 3, H, W) uint8, labels]. InputError for fewer than two."""
     chosen = data.spread(len(images), args.num_images or len(images))
+    if len(chosen) < 2:
+        raise InputError(f"statistics need two images at least, found {len(chosen)} in {name}")
     spans = data.rank_spans(len(chosen), args.batch_size)
     keys = [[(0, index) for index in chosen[span]] for span in spans]
     stream = data.batches(images.read, keys, args.workers)
-    for span, (pixels, _) in zip(data.progress_bar(spans, name, args.batch_size), stream):
-        yield span, pixels
+    return len(chosen), zip(data.progress_bar(spans, name, args.batch_size), stream)
 
 def moments(rows):
     """(n, D) -> (D + 1, D + 1) in float64: sums of the products of two columns, after one of ones is added.
@@ -334,9 +321,10 @@ def moments(rows):
 
 def gaussian(sums):
     """`moments` -> mean (D,), covariance (D, D), on the CPU."""
+    sums = sums.cpu()
     count, totals = sums[-1, -1], sums[-1, :-1]
     mean = totals / count
-    return mean.cpu(), ((sums[:-1, :-1] - totals[:, None] * mean) / (count - 1)).cpu()
+    return mean, (sums[:-1, :-1] - totals[:, None] * mean) / (count - 1)
 
 def add_on_rank_0(*tensors):
     for tensor in tensors * dist.is_initialized():
@@ -345,11 +333,9 @@ def add_on_rank_0(*tensors):
 def extract(images, net, device, name, args):
     """Features of --num-images images of a set, by default of all -> on rank 0 "mu", "sigma" of the pool
     features, "mu_s", "sigma_s" of the spatial ones, and "pool" (n, 2048); on the others {}."""
-    count = min(len(images), args.num_images or len(images))
-    if count < 2:
-        raise InputError(f"statistics need two images at least, found {count} in {name}")
+    count, batches = image_batches(images, name, args)
     pool, spatial_sums = torch.zeros(count, 2048, device=device), moments(torch.zeros(0, 2023, device=device))
-    for places, pixels in image_batches(images, name, args):
+    for places, (pixels, _) in batches:
         features = net(prepare(pixels.to(device, non_blocking=True)))
         pool[places] = features[:, :2048]
         spatial_sums += moments(features[:, 2048:])
@@ -360,7 +346,7 @@ def extract(images, net, device, name, args):
     return dict(zip([*STATISTICS, "pool"], [*gaussian(pool_sums), *gaussian(spatial_sums), pool]))
 
 def load_statistics(path, net, device, args):
-    """Like `statistics`, of an .npz of images or statistics or both, or of a folder; without what is not
+    """Like `extract`, of an .npz of images or statistics or both, or of a folder; without what is not
     there. InputError for anything else, and for statistics of another network."""
     if os.path.isdir(path):
         return extract(Folder(path, args.crop), net, device, path, args)
@@ -369,16 +355,17 @@ def load_statistics(path, net, device, args):
             names = file.files
             stored = {name: file[name] for name in STATISTICS if name in names}
             origin = str(file["inception"]) if "inception" in names else PUBLISHED
+        images = NpzImages(path) if "arr_0" in names else None
     except Exception as error:                # zipfile, zlib and numpy each have their own kinds
-        raise InputError(f"{path} is no .npz file, or it is damaged ({error})") from None
+        raise InputError(f"{path} is damaged, or no .npz of images or statistics ({error})") from None
     for name, value in stored.items():
         if value.shape != STATISTICS[name] or not np.isfinite(value).all():
             raise InputError(f"{name} in {path} must be finite, {STATISTICS[name]}, found {value.shape}")
-    if "arr_0" not in names and not {"mu", "sigma"} <= stored.keys():
+    if images is None and not {"mu", "sigma"} <= stored.keys():
         raise InputError(f"{path} has neither images (arr_0) nor statistics (mu, sigma), only {names}")
     if stored and origin != net.origin:
         raise InputError(f"the statistics in {path} are of Inception {origin}, this run's is {net.origin}")
-    of_images = extract(NpzImages(path), net, device, path, args) if "arr_0" in names else {}
+    of_images = {} if images is None else extract(images, net, device, path, args)
     return of_images | {name: torch.from_numpy(value).double() for name, value in stored.items()}
 
 # ---- The metrics ---------------------------------------------------------------------------------
@@ -442,7 +429,7 @@ def psnr(a, b):
 def ssim(a, b):
     """Structural similarity of each pair of images in [0, 1]: (B, 3, H, W) twice -> (B,). Wang et al.'s:
     Gaussian window 11 x 11 of sigma 1.5 within the image, K 0.01 and 0.03, averaged over RGB."""
-    line = torch.exp(-torch.arange(-5.0, 6.0, device=a.device).square() / (2 * 1.5 ** 2))
+    line = torch.signal.windows.gaussian(11, std=1.5, device=a.device)
     window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
 
     maps = torch.cat([a, b, a * b, a * a + b * b])
@@ -454,25 +441,26 @@ def ssim(a, b):
 def tokenizer_metrics(tokenizer, images, net, device, args):
     """How well a tokenizer reconstructs --num-images pictures, in 8 bits: {"rFID", "PSNR" in dB, "SSIM",
     "codebook_use": share of codes that occur, "images"}, on rank 0."""
-    count = min(len(images), args.num_images or len(images))
+    count, batches = image_batches(images, args.data, args)
     real_sums, painted_sums = (moments(torch.zeros(0, 2048, device=device)) for _ in range(2))
-    totals = torch.zeros(2 + tokenizer.config.codebook_size, dtype=torch.float64)      # PSNR, SSIM, each code
-    for _, pixels in image_batches(images, "reconstructing", args):
+    quality = torch.zeros(2, dtype=torch.float64)                            # sums of PSNR and SSIM
+    uses = torch.zeros(tokenizer.config.codebook_size)                       # of each code
+    for _, (pixels, _) in batches:
         before = data.to_float(pixels, device)
         tokens = tokenizer.encode(before)
         after = (tokenizer.decode(tokens) * 255).round().byte()
         real_sums += moments(net(prepare(pixels.to(device)))[:, :2048])
         painted_sums += moments(net(prepare(after))[:, :2048])
         after = data.to_float(after, device)
-        totals[:2] += torch.stack([psnr(after, before).sum(), ssim(after, before).sum()]).cpu()
-        totals[2:] += tokens.flatten().bincount(minlength=len(totals) - 2).cpu()
-    psnr_sum, ssim_sum, *codes = data.over_ranks(totals.tolist())
-    add_on_rank_0(real_sums, painted_sums)
+        quality += torch.stack([psnr(after, before).sum(), ssim(after, before).sum()]).cpu()
+        uses += tokens.flatten().bincount(minlength=len(uses)).cpu()
+    add_on_rank_0(real_sums, painted_sums, quality, uses)
     if data.rank() > 0:
         return {}
+    mean_psnr, mean_ssim = (quality / count).tolist()
     return {"rFID": frechet_distance(*gaussian(real_sums), *gaussian(painted_sums)),
-            "PSNR": psnr_sum / count, "SSIM": ssim_sum / count,
-            "codebook_use": sum(uses > 0 for uses in codes) / len(codes), "images": [count]}
+            "PSNR": mean_psnr, "SSIM": mean_ssim,
+            "codebook_use": (uses > 0).float().mean().item(), "images": [count]}
 
 # ---- Command line -----------------------------------------------------------------------------------
 
@@ -490,7 +478,7 @@ def parse_args():
     add("--batch-size", type=data.positive, default=64, help="(%(default)s)")
     add("--workers", **data.WORKERS)
     add("--device", **data.DEVICE)
-    parser.set_defaults(dtype="float32", compile=False)      # published figures are of float32
+    parser.set_defaults(dtype="float32")      # published figures are of float32
     args = parser.parse_args()
     if bool(args.tokenizer) != bool(args.data) or bool(args.tokenizer) == bool(args.reference):
         parser.error("name one or two sets of images, or --tokenizer and --data")
@@ -501,9 +489,8 @@ def parse_args():
 def main():
     args = parse_args()
     paths = [path for path in (args.reference, args.samples) if path]
-    folders = [args.data] if args.data not in (None, "shapes") else []
-    for path in paths + folders:              # before anything is downloaded
-        if not os.path.exists(path):
+    for path in paths or [args.data]:         # before anything is downloaded
+        if path != "shapes" and not os.path.exists(path):
             raise InputError(f"no such file or folder: {path}")
     device = data.start(args)
     torch.backends.cudnn.allow_tf32 = False
@@ -522,8 +509,8 @@ def main():
     if data.rank() > 0:
         return
     if args.save_stats:
-        arrays = {name: value for name, value in sets[-1].items() if name != "pool"}
-        data.replace_file(args.save_stats, lambda file: np.savez(file, **arrays, inception=net.origin))
+        sets[-1].pop("pool", None)
+        data.replace_file(args.save_stats, lambda file: np.savez(file, **sets[-1], inception=net.origin))
     if net.origin != PUBLISHED:
         print(f"warning: Inception is not the published one but {net.origin}: figures are not comparable",
               file=sys.stderr)

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import data
 from ar_model import image_uniforms, load_ar
 from data import InputError
-from fid import psnr
+from fid import Folder, psnr
 from tokenizer import load_tokenizer
 
 DEMO = Path(__file__).resolve().parent / "weights"
@@ -49,36 +50,42 @@ def class_id(word, model):
 
 def paint(model, tokenizer, pictures, args, device, kept=None):
     """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or
-    None. Yields, batch by batch, numbers (list), tokens (B, N) int64, images (B, 3, H, W) uint8."""
+    None. Yields, batch by batch, numbers (array), tokens (B, N) int64, images (B, 3, H, W) uint8."""
     mine = np.array_split(pictures, data.world_size())[data.rank()]
     sampling = {name: getattr(args, name) for name in SAMPLING}
     compiled = args.compile and device.type == "cuda" and len(mine) >= 8 * args.batch_size       # ours
     for at in data.progress_bar(range(0, len(mine), args.batch_size), "painting", args.batch_size):
-        numbers, classes = zip(*mine[at:at + args.batch_size])
+        numbers, classes = mine[at:at + args.batch_size].T
         uniforms = image_uniforms(args.seed, numbers, model.config.num_tokens)
         tokens = model.generate(torch.tensor(classes), uniforms, **sampling,
-                                kept=None if kept is None else kept[list(numbers)],
+                                kept=None if kept is None else kept[numbers],
                                 compiled=compiled and len(numbers) == args.batch_size)
         images = (tokenizer.decode(tokens) * 255).round().byte()
-        yield list(numbers), tokens.cpu(), images.cpu()
+        yield numbers, tokens.cpu(), images.cpu()
 
-def paint_all(model, tokenizer, classes, args, device, kept=None):
-    """Paint a list of classes -> tokens (n, N) int64, images (n, 3, H, W) in [0, 1], on every rank."""
-    size, n = tokenizer.config.image_size, len(classes)
-    tokens = torch.zeros(n, tokenizer.config.num_tokens, dtype=torch.long)
-    images = torch.zeros(n, 3, size, size, dtype=torch.uint8)
-    for numbers, *painted in paint(model, tokenizer, list(enumerate(classes)), args, device, kept):
+def paint_all(model, tokenizer, ids, args, device, kept=None):
+    """--n pictures of each of `ids` -> tokens (n, N) int64, images (n, 3, H, W) in [0, 1], on every rank."""
+    size, pictures = tokenizer.config.image_size, list(enumerate(np.repeat(ids, args.n)))
+    tokens = torch.zeros(len(pictures), tokenizer.config.num_tokens, dtype=torch.long)
+    images = torch.zeros(len(pictures), 3, size, size, dtype=torch.uint8)
+    for numbers, *painted in paint(model, tokenizer, pictures, args, device, kept):
         tokens[numbers], images[numbers] = painted
     if dist.is_initialized():                # every picture was painted by one rank and is zero on the others
         dist.all_reduce(tokens)
         dist.all_reduce(images)
     return tokens.to(device), images.to(device) / 255
 
+def save_grid(images, columns, name, args):
+    """Save pictures, `columns` a row, as --png or as `name` in --out. -> path"""
+    path = args.png or f"{args.out}/{name}.png"
+    data.save_picture(path, data.grid_image(images, columns))
+    return path
+
 def paint_grid(model, tokenizer, ids, args, device):
-    """--n pictures of each class in `ids`. -> a grid (a PIL image), and its file name."""
-    _, images = paint_all(model, tokenizer, [label for label in ids for _ in range(args.n)], args, device)
-    grid = data.grid_image(images, args.n if len(ids) > 1 else max(1, round(args.n ** 0.5)))
-    return grid, f"class_{'_'.join(map(str, ids[:8]))}.png"
+    """A grid of --n pictures of each class of `ids`. -> path"""
+    _, images = paint_all(model, tokenizer, ids, args, device)
+    columns = args.n if len(ids) > 1 else round(args.n ** 0.5)
+    return save_grid(images, columns, f"class_{'_'.join(map(str, ids[:8]))}", args)
 
 def paint_npz(model, tokenizer, args, device, weights):
     """--num-images pictures in an .npz that ADM's evaluator reads (`arr_0`), classes in turn. They gather in
@@ -126,68 +133,60 @@ def so_far(image, strip, tokenizer, known):
     image = image.where(places < known, UNPAINTED)
     if not P:
         return image
-    canvas = torch.full((len(image), 3, g * p + 2 * p, P * p), UNPAINTED, device=image.device)
     strip_places = torch.arange(P, device=image.device).repeat_interleave(p)
-    canvas[..., :p, :] = strip.where(strip_places < known, UNPAINTED)
-    canvas[..., 2 * p:, :g * p] = image
-    return canvas
+    strip = strip.where(strip_places < known, UNPAINTED)
+    image = F.pad(image, (0, P * p - g * p, p, 0), value=UNPAINTED)          # a band between, and as wide
+    return torch.cat([strip, image], 2)
 
 def paint_gif(model, tokenizer, ids, args, device):
     """--paint: a grid appears token by token, as far as the causal decoder is sure. -> path"""
     config, columns = tokenizer.config, args.n if args.n > 1 else len(ids)
-    classes = [label for label in ids for _ in range(args.n)]
-    tokens, finished = paint_all(model, tokenizer, classes, args, device)
+    tokens, finished = paint_all(model, tokenizer, ids, args, device)
     image, strip = tokenizer.decode_causal(tokens)
     zoom = max(1, 256 // config.image_size // columns)
-
-    def frame(image, known):
-        canvas = so_far(image, strip, tokenizer, known)
-        return data.grid_image(canvas.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), columns)
-
-    first, *rest = (frame(image, known) for known in range(config.num_tokens + 1))
-    rest.append(frame(finished, config.num_tokens))
-    film = dict(save_all=True, append_images=rest, loop=0, duration=[60] * (len(rest) - 1) + [600, 3000])
+    frames = []
+    for known, shown in enumerate([image] * (config.num_tokens + 1) + [finished]):
+        canvas = so_far(shown, strip, tokenizer, known)
+        frames.append(data.grid_image(F.interpolate(canvas, scale_factor=zoom), columns))
+    durations = [60] * config.num_tokens + [600, 3000]                       # in ms
+    film = dict(save_all=True, append_images=frames[1:], loop=0, duration=durations)
     if data.rank() == 0:
-        data.replace_file(args.paint, lambda file: first.save(file, "GIF", **film))
+        data.replace_file(args.paint, lambda file: frames[0].save(file, "GIF", **film))
     return args.paint
 
 def read_pictures(path, size, count):
-    """An image file, the first `count` of a folder, or of the built-in validation pictures ("shapes"),
+    """An image file, or `count` of a folder or of the built-in validation pictures ("shapes"), evenly spread;
     centre-cropped: (B, 3, size, size) in [0, 1]. InputError when there are none."""
-    if path == "shapes":
-        shapes = data.Shapes("val", size)
-        images = [shapes.read(0, index)[0] for index in data.spread(len(shapes), count)]
-    else:
-        paths = data.image_files(path)[:count] if os.path.isdir(path) else [path] * os.path.isfile(path)
-        images = [data.centre_crop(data.read_image(name), size) for name in paths]
-    if not images:
+    pictures = data.Shapes("val", size) if path == "shapes" else Folder(path, size)
+    if not len(pictures):
         raise InputError(f"no image or folder of images: {path}")
+    images = [pictures.read(0, index)[0] for index in data.spread(len(pictures), count)]
     return torch.stack(images).float() / 255
 
 def complete(model, tokenizer, ids, args, device):
-    """--image: the AR model goes on from the first --keep of the tokens of --num-images pictures. -> a grid,
-    its file name. A row is the original, what is kept of it (by the causal decoder), and --n completions."""
+    """--image: the AR model goes on from the first --keep of the tokens of --num-images pictures. -> path of
+    a grid. A row is the original, what is kept of it (by the causal decoder), and --n completions."""
     config = tokenizer.config
     originals = read_pictures(args.image, config.image_size, args.num_images).to(device)
     tokens = tokenizer.encode(originals)
     kept = round(args.keep * config.num_tokens)
     if not ids:
         ids, args.cfg_scale = [model.config.num_classes], 1.0           # without a class, nothing to guide to
-    _, completed = paint_all(model, tokenizer, ids * (len(originals) * args.n), args, device,
+    _, completed = paint_all(model, tokenizer, ids * len(originals), args, device,
                              tokens[:, :kept].repeat_interleave(args.n, 0))
     seen = so_far(*tokenizer.decode_causal(tokens), tokenizer, kept)
     seen = seen[..., -config.image_size:, :config.image_size]                # without the band of the prefix
     rows = torch.cat([originals[:, None], seen[:, None], completed.unflatten(0, (-1, args.n))], 1)
-    return data.grid_image(rows.flatten(0, 1), args.n + 2), "completed.png"
+    return save_grid(rows.flatten(0, 1), args.n + 2, "completed", args)
 
 def reconstruct(tokenizer, args, device):
-    """--reconstruct: rows of original, stage 1, stage 2, and their PSNR in dB. -> a grid, its file name"""
+    """--reconstruct: rows of original, stage 1, stage 2, and their PSNR in dB. -> path of a grid"""
     originals = read_pictures(args.reconstruct, tokenizer.config.image_size, args.n).to(device)
     tokens = tokenizer.encode(originals)
     causal, final = tokenizer.decode_causal(tokens)[0], tokenizer.decode(tokens)
     for k, (one, two) in enumerate(zip(psnr(causal, originals), psnr(final, originals))):
         data.say(f"picture {k}: stage 1 {one:.1f} dB, stage 2 {two:.1f} dB")
-    return data.grid_image(torch.stack([originals, causal, final], 1).flatten(0, 1), 3), "reconstructed.png"
+    return save_grid(torch.stack([originals, causal, final], 1).flatten(0, 1), 3, "reconstructed", args)
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
@@ -198,8 +197,7 @@ def parse_args():
     task.add_argument("--reconstruct", metavar="PATH", help="pictures, and what either decoder makes of them")
     task.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py")
     add = parser.add_argument
-    add("--class", dest="classes", nargs="+", metavar="CLASS", default=[],
-        help="numbers or names; a name wins")
+    add("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="ids or names; a name wins")
     add("--keep", type=data.from_0_to_1, default=0.5, help="with --image: share of its tokens to keep (0.5)")
     add("--num-images", type=data.positive, help="pictures in the .npz (50,000); rows of --image (8)")
     add("-n", "--n", type=data.positive, default=16, help="pictures of each class, completions of --image, "
@@ -236,31 +234,26 @@ def main():
     if args.paint or args.image:
         tokenizer.stage1_decoder()            # refuses before the work
     if args.reconstruct:
-        subject = args.reconstruct
-        picture, name = reconstruct(tokenizer, args, device)
-    else:
-        model = load_ar(weights[1], device, tokenizer.config.grid, tokenizer.config.prefix_tokens)
-        if (model.config.codebook_size != tokenizer.config.codebook_size
-                or model.tokenizer not in (None, tokenizer.fingerprint())):
-            raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
-        if args.dtype == "bfloat16":
-            model.blocks.bfloat16()
-        data.pack_linears(model)
-        ids = [class_id(word, model) for word in args.classes]
-        subject = ", ".join(f"{k} ({model.classes[k]})" if model.classes else str(k) for k in ids[:8])
+        path = reconstruct(tokenizer, args, device)
+        data.say(f"painted {args.reconstruct} with {weights[0]}: {path}")
+        return
+    model = load_ar(weights[1], device, tokenizer.config.grid, tokenizer.config.prefix_tokens)
+    if (model.config.codebook_size != tokenizer.config.codebook_size
+            or model.tokenizer not in (None, tokenizer.fingerprint())):
+        raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
+    model.blocks.to(getattr(torch, args.dtype))
+    data.pack_linears(model)
+    ids = [class_id(word, model) for word in args.classes]
+    subject = ", ".join(f"{k} ({model.classes[k]})" if model.classes else str(k) for k in ids[:8])
     if args.npz:
         path, subject = paint_npz(model, tokenizer, args, device, weights), f"{args.num_images} pictures"
+    elif args.image:
+        path, subject = complete(model, tokenizer, ids, args, device), args.image
     elif args.paint:
         path = paint_gif(model, tokenizer, ids, args, device)
     else:
-        if args.image:
-            subject = args.image
-            picture, name = complete(model, tokenizer, ids, args, device)
-        elif args.classes:
-            picture, name = paint_grid(model, tokenizer, ids, args, device)
-        path = args.png or f"{args.out}/{name}"
-        data.save_picture(path, picture)
-    data.say(f"painted {subject} with {weights[0 if args.reconstruct else 1]}: {path}")
+        path = paint_grid(model, tokenizer, ids, args, device)
+    data.say(f"painted {subject} with {weights[1]}: {path}")
 
 if __name__ == "__main__":
     data.run(main)

@@ -639,7 +639,7 @@ def inception(tmp_path_factory):
 
 def test_inception_computes_what_the_published_network_would(inception):
     """Pool and spatial features and logits without bias of two pictures, at places spread over each."""
-    net = fid.load_inception(inception)
+    net = fid.load_inception(inception, CPU)
     for size, expected in (
         (64, [0.103443, 0.078771, 0.002228, 0.346496, 0.340519, 0, 0, 0, 0.180033, -0.35957, 0.00812]),
         (350, [0.102393, 0.071999, 0.002005, 0.343482, 0.343279, 0, 0, 0, 0.175414, -0.367821, 0.015162])):

@@ -63,11 +63,11 @@ def rotary_table(grid, prefix_tokens, head_dim):
     rows, columns = prefix_tokens + order // grid, prefix_tokens + order % grid
     image = torch.cat([angles(rows, head_dim // 2), angles(columns, head_dim // 2)], 1)
     theta = torch.cat([angles(torch.arange(prefix_tokens), head_dim), image])
-    table = torch.stack([theta.cos(), theta.sin()])
-    return torch.cat([torch.zeros_like(table[:, :1]), table], 1).float()
+    return F.pad(torch.stack([theta.cos(), theta.sin()]), (0, 0, 1, 0)).float()
 
 def rotate(x, table):
-    """Turn the pairs (x0, x1), (x2, x3), ... of x (B, H, T, D) by the angles of table (2, T, D/2)."""
+    """Turn the pairs (x0, x1), (x2, x3), ... of x (B, H, T, D) by the angles of table (2, T, D/2).
+    For one position, T = 1, it may be (2, D/2)."""
     cos, sin = table                       # float32, and so is the rotation: bfloat16 blurs positions
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -88,8 +88,7 @@ class Attention(nn.Module):
         """x (B, T, C). With a cache of keys and values, (B, H, 1 + N, D) each, x is position `at` alone. at:
         an int, and the cache is read as far as it is filled; or a tensor (1,), and every shape stays the
         same, so that one compiled step, or one CUDA graph, serves all positions."""
-        B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))                  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, H, T, D) each
         q, k = self.q_norm(q.type_as(self.q_norm.weight)), self.k_norm(k.type_as(self.k_norm.weight))
         q, k = rotate(q, table), rotate(k, table)
@@ -102,7 +101,7 @@ class Attention(nn.Module):
             k, v = (cached.index_copy_(2, at, new.to(cached.dtype)) for cached, new in zip(cache, (k, v)))
             mask = (torch.arange(k.shape[2], device=k.device) <= at)[None]                        # (1, 1 + N)
         x = attention(q, k, v, mask, cache is None, self.dropout if self.training else 0.0)
-        return self.proj(x.transpose(1, 2).reshape(B, T, C).to(qkv.dtype))
+        return self.proj(x.transpose(1, 2).flatten(2).to(qkv.dtype))
 
 class MLP(nn.Module):
     """SwiGLU; the hidden width is 8/3 of the width, rounded up to a multiple of 256."""
@@ -145,11 +144,11 @@ class ARModel(nn.Module):
         with torch.device("cpu"):                                 # also where all else has no values
             table = rotary_table(config.grid, config.prefix_tokens, config.width // config.heads)
         self.register_buffer("table", table, persistent=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
-                nn.init.normal_(module.weight, std=0.02)          # on "meta" it would only load the compiler
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():           # RMSNorm's gains stay 1
+            if parameter.ndim > 1 and not parameter.is_meta:
+                nn.init.normal_(parameter, std=0.02)              # on "meta" it would only load the compiler
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         nn.init.zeros_(self.output.weight)
 
     def forward(self, tokens, classes):
@@ -163,7 +162,7 @@ class ARModel(nn.Module):
 
     def step(self, rows, at, caches):
         """One position: embedding rows (B,) at place `at` of the sequence -> logits (B, V). Fills caches."""
-        table = self.table[:, at:at + 1] if isinstance(at, int) else self.table.index_select(1, at)
+        table = self.table[:, at]
         x = self.embeddings(rows)[:, None].to(self.blocks[0].norm1.weight.dtype)
         for block, cache in zip(self.blocks, caches):
             x = block(x, table, cache, at)
@@ -277,12 +276,9 @@ def from_released(state):
     """A released state dict (alitok_{b,l,xl}.bin), whose names are ours -> a checkpoint of ours, or None."""
     if "output.weight" not in state:
         return None
-    try:
-        codes, width = state["output.weight"].shape
-        num_classes = len(state["embeddings.weight"]) - codes - 2
-        heads = width // len(state["blocks.0.attn.q_norm.weight"])
-    except (KeyError, ValueError) as error:
-        raise InputError(f"this released AR model does not fit the model: {error}") from None
+    codes, width = state["output.weight"].shape
+    num_classes = len(state["embeddings.weight"]) - codes - 2
+    heads = width // len(state["blocks.0.attn.q_norm.weight"])
     depth = sum(name.endswith("norm1.weight") for name in state)
     config = dict(codebook_size=codes, num_classes=num_classes, width=width, depth=depth, heads=heads,
                   cfg_scale=1.0, cfg_power=1.0)

@@ -3,22 +3,30 @@
 Notable:
 - A built-in data set, `shapes`, needs no download: drawn pictures, each a function of (seed, split, index).
 - Every random choice follows from (seed, epoch, index): workers, ranks, resumed runs see the same pictures.
-- The token cache is one memory-mapped array. Rows not written yet hold 65535, so a killed build can go on.
+- The token cache is one memory-mapped array. Rows not written yet hold the
+  largest number, so a killed build can go on.
 """
 import argparse
+import collections
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import platform
+import re
 import signal
 import sys
 import time
 import traceback
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -28,10 +36,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 class InputError(ValueError):
@@ -55,8 +63,8 @@ COLOURS = dict(pair.split("=") for pair in (
 BACKGROUNDS = dict(pair.split("=") for pair in (
     "night=#121428 slate=#5f6978 fog=#bec2c6 sand=#e0ca9b mint=#aae2c0 "
     "sky=#a0ccf2 lavender=#cab6ec rose=#f2c8c8 forest=#18422e wine=#581630").split())
-SHAPE_CLASSES = [f"{colour} {shape} on {background}"
-                 for shape in SHAPES for colour in COLOURS for background in BACKGROUNDS]
+COMBINATIONS = list(itertools.product(SHAPES, COLOURS, BACKGROUNDS))
+SHAPE_CLASSES = [f"{colour} {shape} on {background}" for shape, colour, background in COMBINATIONS]
 
 def signed_distance(shape, x, y):
     """Distance to the outline of a shape about one unit in radius, negative inside. x, y: arrays, y down."""
@@ -93,7 +101,7 @@ def draw_shape(seed, split, index, size):
     """Picture `index` of a split of the built-in set, (size, size, 3) uint8, and its class; classes
     alternate. Position, size, rotation, tint and shading are random. Edges are antialiased."""
     label = index % len(SHAPE_CLASSES)
-    shape, colour, background = np.unravel_index(label, (len(SHAPES), len(COLOURS), len(BACKGROUNDS)))
+    shape, colour, background = COMBINATIONS[label]
     rng = generator("shapes " + split, seed, index)
     y, x = (np.mgrid[0:size, 0:size] + 0.5).astype(np.float32) / size - 0.5
     angle, radius = rng.uniform(-0.3, 0.3), rng.uniform(0.3, 0.4)
@@ -102,14 +110,14 @@ def draw_shape(seed, split, index, size):
     lights = rng.uniform(-0.15, 0.15, (2, 2))
     cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
     u, v = (x - cx) * cos + (y - cy) * sin, (y - cy) * cos - (x - cx) * sin
-    cover = np.clip(0.5 - signed_distance(SHAPES[shape], u, v) * (radius * size), 0, 1)[..., None]
+    cover = np.clip(0.5 - signed_distance(shape, u, v) * (radius * size), 0, 1)[..., None]
 
     def shaded(hue, tint, light):
         rgb = (np.array(ImageColor.getrgb(hue), np.float32) / 255 + tint).clip(0, 1)
         return rgb * (1 + light[0] * x + light[1] * y)[..., None]
 
-    ground = shaded(list(BACKGROUNDS.values())[background], tints[0], lights[0])
-    paint = shaded(list(COLOURS.values())[colour], tints[1], lights[1])
+    ground = shaded(BACKGROUNDS[background], tints[0], lights[0])
+    paint = shaded(COLOURS[colour], tints[1], lights[1])
     return ((ground + (paint - ground) * cover).clip(0, 1) * 255 + 0.5).astype(np.uint8), label
 
 class Shapes:
@@ -119,7 +127,7 @@ class Shapes:
     def __init__(self, split, size, seed=0, length=None):
         self.split, self.size, self.seed, self.length = split, size, seed, length or len(SHAPE_CLASSES)
         self.labels = np.arange(self.length) % len(SHAPE_CLASSES)
-        self.files = f"shapes {seed} {split} {self.length}"                  # what a token cache depends on
+        self.files = {f"{split} pictures": f"shapes of seed {seed}, {self.length}"}
 
     def __len__(self):
         return self.length
@@ -130,23 +138,51 @@ class Shapes:
         return to_tensor(image), label
 
     def read_crops(self, index):
-        """-> (crops, 3, H, W) uint8: what the token cache keeps of a picture."""
-        return self.read(0, index)[0][None]
+        """-> (crops, 3, H, W) uint8: what the token cache keeps of a picture, and the picture's index."""
+        return self.read(0, index)[0][None], index
 
 # ---- Image folders -------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif".split()
+hidden = re.compile(r"[.@$]|__MACOSX").match  # names that are hidden, or a system's own
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28     # long comments harm no picture
 
 def image_files(folder):
-    """Paths of all images in a folder, at any depth, sorted."""
-    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
-                  if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
+    """-> paths of all images below a folder, relative to it and sorted. Says how many there are, and what it
+    left out. Links are followed, unless to a folder that they lie in. OSError where the system refuses."""
+    def refuse(error):
+        raise error
+
+    root, paths, others = os.path.join(folder, ""), [], collections.Counter()
+    for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders
+                      if not hidden(name) and not is_inside(where, os.path.join(where, name))]
+        for name in itertools.filterfalse(hidden, names):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                paths.append(os.path.join(where, name)[len(root):])
+            else:
+                others[suffix or name] += 1
+    names = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
+    others = ", ".join(f"{count} {kind}" for kind, count in others.most_common()) or "nothing"
+    say(f"{folder}: {len(paths):,} pictures in {len(names)} folders ({', '.join(names[:3])}, ...); left out: "
+        + others)
+    return sorted(paths)
+
+def is_inside(path, folder):
+    """Whether a path is the folder or lies below it, links resolved."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([path, folder]) == folder
 
 def read_image(path):
-    """Any image file as an upright RGB PIL image. 16-bit greys become 8-bit, transparency becomes white."""
+    """Any image file as an upright RGB PIL image. 16-bit greys become 8-bit, transparency becomes white.
+    InputError for what is no good image, OSError where the system refuses the file."""
+    with open(path, "rb") as file:
+        content = io.BytesIO(file.read())
     try:
-        with Image.open(str(path)) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(content) as image:
+            with contextlib.suppress(Exception):                             # damaged notes, good pixels
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
@@ -155,12 +191,14 @@ def read_image(path):
             if max(image.size) > 100 * min(image.size):
                 raise ValueError(f"{image.width}x{image.height} is too long and thin to crop")
             return image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:                # Pillow's decoders raise a dozen kinds for a damaged file
         raise InputError(f"{path} is not a readable image ({error}); remove or repair it") from None
 
 def to_tensor(pixels):
-    """(H, W, 3) array -> (3, H, W) tensor."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    """(H, W, 3) array or PIL image -> (3, H, W) tensor."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1)))
 
 def shrink(image, size):
     """ADM's resize of a PIL image's shorter side -> (3, H, W) uint8: box halvings, then bicubic."""
@@ -168,7 +206,7 @@ def shrink(image, size):
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
-    return to_tensor(np.asarray(image.resize((width, height), Image.BICUBIC)))
+    return to_tensor(image.resize((width, height), Image.BICUBIC))
 
 def centre_crop(image, size):
     """PIL image -> (3, size, size) uint8, as ADM prepares ImageNet."""
@@ -179,7 +217,7 @@ def centre_crop(image, size):
 def random_crop(image, size, rng):
     """PIL image -> (3, size, size) uint8: antialiased bilinear resize, random crop and flip."""
     width, height = (side * size // min(image.size) for side in image.size)
-    pixels = to_tensor(np.asarray(image.resize((width, height), Image.BILINEAR)))
+    pixels = to_tensor(image.resize((width, height), Image.BILINEAR))
     top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
     cropped = pixels[:, top:top + size, left:left + size]
     return cropped.flip(-1) if rng.random() < 0.5 else cropped
@@ -192,81 +230,95 @@ def five_crops(image, size):
     return torch.stack([pixels[:, top:top + size, left:left + size] for top, left in corners])
 
 class ImageFolder:
-    """Images in one sub-folder a class. files: list of (path, class id). Training takes a random crop and
-    flip, validation the centre. The token cache keeps the centre and its mirror image, or ten crops."""
-    def __init__(self, folder, files, classes, size, args, training=False, ten_crop=False):
-        self.folder, self.classes, self.size, self.seed = folder, classes, size, args.seed
-        self.training, self.skip_bad, self.ten_crop = training, args.skip_bad_images, ten_crop
-        self.paths, self.labels = map(np.array, zip(*files))                 # arrays, which workers share
+    """Pictures of one split. Training takes a random crop and flip, validation the centre. The token cache
+    keeps the centre and its mirror image, or ten crops. paths: below `folder`; labels: class ids; arrays."""
+    def __init__(self, split, folder, paths, labels, classes, size, args, ten_crop=False):
+        self.training, self.folder, self.classes, self.size = split == "train", folder, classes, size
+        self.skip_bad, self.seed, self.ten_crop = args.skip_bad_images, args.seed, ten_crop
+        self.paths, self.labels = paths, labels                              # arrays, which workers share
         self.crops = 10 if ten_crop else 2
-        listing = "\n".join(f"{path[len(folder):].lstrip('/')} {label}" for path, label in files)
-        self.files = hashlib.sha256(listing.encode()).hexdigest()[:16]       # what a token cache depends on
+        digests, counts = [hashlib.sha256() for _ in classes], np.bincount(labels, minlength=len(classes))
+        for path, label in zip(paths, labels):
+            status = os.stat(os.path.join(folder, path))
+            digests[label].update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}\n"))
+        self.files = {f"{split} pictures of class {name}": f"{count}, {digest.hexdigest()[:8]}"
+                      for name, count, digest in zip(classes, counts, digests)}
 
     def __len__(self):
         return len(self.paths)
 
     def open(self, index):
-        """The picture at `index`; if it is unreadable and skip_bad, the next readable one of its class."""
-        try:
-            return read_image(self.paths[index])
-        except InputError as error:
-            if not self.skip_bad:
-                raise InputError(f"{error}, or train with --skip-bad-images") from None
-            warnings.warn(f"skipped: {error}", stacklevel=2)                 # once per picture
-        same = np.flatnonzero(self.labels == self.labels[index])
-        for other in np.roll(same, -np.searchsorted(same, index))[1:]:
-            with contextlib.suppress(InputError):
-                return read_image(self.paths[other])
+        """The picture at `index`; if it is unreadable and skip_bad, the next readable one of its class. And
+        the index of what was read."""
+        same = np.flatnonzero(self.labels == self.labels[index]) if self.skip_bad else [index]
+        for other in np.roll(same, -np.searchsorted(same, index)):
+            try:
+                return read_image(os.path.join(self.folder, self.paths[other])), other
+            except InputError as error:
+                if not self.skip_bad:
+                    raise InputError(f"{error}, or train with --skip-bad-images") from None
+                warnings.warn(f"skipped: {error}", stacklevel=2)             # once per picture
         raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.folder}")
 
     def read(self, epoch, index):
-        image, label = self.open(index), int(self.labels[index])
+        (image, _), label = self.open(index), int(self.labels[index])
         if self.training:
             return random_crop(image, self.size, generator("crop", self.seed, epoch, index)), label
         return centre_crop(image, self.size), label
 
     def read_crops(self, index):
-        image = self.open(index)
+        """-> (crops, 3, H, W) uint8, and the index of the picture that they are of."""
+        image, source = self.open(index)
         crops = five_crops(image, self.size) if self.ten_crop else centre_crop(image, self.size)[None]
-        return torch.cat([crops, crops.flip(-1)])
+        return torch.cat([crops, crops.flip(-1)]), int(source)
 
-def list_folder(folder):
-    """-> sorted class names, list of (path, class id) in a fixed order. InputError for an empty class."""
-    if not os.path.isdir(folder):
-        raise InputError(f"no such folder: {folder} (it must be 'shapes' or a folder of class folders)")
-    classes = sorted(entry.name for entry in os.scandir(folder)
-                     if entry.is_dir() and not entry.name.startswith("."))
-    files = []
-    for label, name in enumerate(classes):
-        paths = image_files(os.path.join(folder, name))
-        files += [(path, label) for path in paths]
-        if not paths:
-            raise InputError(f"no images in {folder}/{name}: a sub-folder is a class of {IMAGE_SUFFIXES}")
-    if not files:
+def list_folder(folder, args):
+    """-> class names (sorted), paths below the folder, a class id each. A folder without sub-folders is one
+    class. InputError for an empty class, and for --out or --cache below the folder."""
+    for flag in ("out", "cache"):
+        place = getattr(args, flag, None)
+        if place and is_inside(place, folder):
+            raise InputError(f"--{flag} {place} lies in {folder}, among the pictures; name a place outside")
+    paths, folders = image_files(folder), [name for name in next(os.walk(folder))[1] if not hidden(name)]
+    if folders:                               # what lies beside them has no class
+        paths = [path for path in paths if os.sep in path]
+    if not paths:
         raise InputError(f"no images in {folder}: it needs a sub-folder a class, such as {folder}/cats/1.jpg")
-    return classes, files
+    names = [unicodedata.normalize("NFC", path.split(os.sep)[0] if folders else "pictures") for path in paths]
+    classes, labels = np.unique(names, return_inverse=True)
+    if len(folders) > len(classes):
+        empty = sorted({*folders} - {path.split(os.sep)[0] for path in paths})
+        raise InputError(f"no images in {folder}/{empty[0]}: a sub-folder is a class of {IMAGE_SUFFIXES}")
+    if folders and all(path.count(os.sep) > 1 for path in paths):
+        say(f"note: every class in {folder} is a folder of folders. Is --data {folder}/{classes[0]} meant?")
+    return classes.tolist(), np.array(paths), labels
 
-def open_data(args, size, ten_crop=False):
+def open_data(args, size, ten_crop=False, labelled=True):
     """The training and the validation set of --data and --val-data, of pictures of size x size. `shapes`, or
-    folders of one sub-folder a class. Without a validation folder every 20th image is held out."""
+    folders of one sub-folder a class. Without a validation folder every 20th image is held out, but never a
+    class's only one. labelled: the classes of the validation set matter."""
     if args.data == "shapes":
         if args.val_data or ten_crop:
             raise InputError("--val-data and --ten-crop go with image folders, not with built-in pictures")
         return Shapes("train", size, args.seed, args.num_pictures), Shapes("val", size, args.seed)
-    classes, train = list_folder(args.data)
+    classes, *train = list_folder(args.data, args)
     if args.val_data:
-        val_classes, val = list_folder(args.val_data)
+        val_classes, *val = list_folder(args.val_data, args)
         odd = sorted(set(val_classes) ^ set(classes))[:5]
-        if odd:
+        if odd and labelled:
             raise InputError(f"{args.val_data} has other classes than {args.data}: only one has {odd}")
-    elif len(train) < 2:
-        raise InputError(f"{args.data} holds a single image; training and validation need one each at least")
     else:
-        val = train[19::20] or train[-1:]
-        held_out = set(val)
-        train = [file for file in train if file not in held_out]
-    return (ImageFolder(args.data, train, classes, size, args, True, ten_crop),
-            ImageFolder(args.val_data or args.data, val, classes, size, args))
+        val_classes, (paths, labels) = classes, train
+        not_alone = np.flatnonzero(np.bincount(labels)[labels] > 1)
+        held_out = not_alone[not_alone % 20 == 19]
+        if not len(held_out):
+            held_out = not_alone[-1:]
+        if not len(not_alone):
+            raise InputError(f"no class of {args.data} has two pictures, to hold one out; give --val-data")
+        val = paths[held_out], labels[held_out]
+        train = np.delete(paths, held_out), np.delete(labels, held_out)
+    return (ImageFolder("train", args.data, *train, classes, size, args, ten_crop),
+            ImageFolder("val", args.val_data or args.data, *val, val_classes, size, args))
 
 # ---- Batches: an endless, shuffled stream that any step can be entered at. A key is (epoch, index).
 
@@ -279,18 +331,15 @@ def key_uniforms(stream, seed, keys, n):
     """A number in [0, 1) for each key, index < n, that follows from the key and the seed alone: (keys,)."""
     return np.array([epoch_random("random", stream, seed, epoch, n)[index] for epoch, index in keys])
 
-def stream_keys(stream, seed, n, first, count):
-    """Places first ... first + count - 1 of the endless shuffled stream over n items: a list of keys."""
-    places = (divmod(place, n) for place in range(first, first + count))
-    return [(epoch, int(epoch_random("permutation", stream, seed, epoch, n)[k])) for epoch, k in places]
-
 def batch_keys(stream, n, args, start=0):
     """The keys of this rank's micro-batches, --accum a step, from step `start` on, without end."""
     micro = args.batch_size // (world_size() * args.accum)
     for step in itertools.count(start):
         for k in range(args.accum):
             first = step * args.batch_size + (rank() * args.accum + k) * micro
-            yield stream_keys(stream, args.seed, n, first, micro)
+            places = (divmod(place, n) for place in range(first, first + micro))
+            yield [(epoch, int(epoch_random("permutation", stream, args.seed, epoch, n)[place]))
+                   for epoch, place in places]
 
 def spread(n, count):
     """`count` indices, or all if there are fewer, evenly over 0 ... n-1: a subset that sees every class."""
@@ -302,7 +351,7 @@ def rank_spans(count, size):
     starts = range(rank() * size, count, world_size() * size)
     return [slice(start, min(start + size, count)) for start in starts]
 
-class Reader(Dataset):
+class Reader:
     """Reads batches of keys; an unreadable image travels as its error, so that workers can't bury it."""
     def __init__(self, read):
         self.read = read
@@ -310,12 +359,13 @@ class Reader(Dataset):
     def __getitem__(self, keys):
         try:
             return default_collate([self.read(*key) for key in keys])
-        except InputError as error:
+        except (InputError, OSError) as error:
             return error
 
 def outlive_signals(worker):
-    """A reading process goes on after Ctrl-C, and ten seconds after SIGTERM: the trainer is to save first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A reading process goes on after a signal, ten seconds after SIGTERM: the trainer is to save first."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 def batches(read, keys, workers=0):
@@ -324,7 +374,7 @@ def batches(read, keys, workers=0):
                         worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available(),
                         prefetch_factor=4 if workers else None)
     for batch in loader:
-        if isinstance(batch, InputError):
+        if isinstance(batch, Exception):
             raise batch
         yield batch
 
@@ -334,19 +384,23 @@ def to_float(images, device):
 
 # ---- Token cache ---------------------------------------------------------------------------------
 
-UNWRITTEN = 65535
-
 class TokenCache:
-    """Tokens of a data set, (images, crops, N) uint16 in the memory-mapped `folder`/tokens.npy, and its
-    labels. All ranks build it where it is missing or unfinished. InputError for a cache of other things."""
+    """Tokens of a data set, (images, crops, N) in the memory-mapped `folder`/tokens.npy, and its labels. All
+    ranks build it where it is missing or unfinished; another run waits meanwhile. InputError for a cache of
+    other things. A picture that stands in for an unreadable one is noted in stand_ins.txt."""
     def __init__(self, folder, dataset, tokenizer, device, workers=0, batch_size=64):
         config = tokenizer.config
-        self.path, self.note = f"{folder}/tokens.npy", f"{folder}/cache.json"
-        self.labels, self.codebook_size = dataset.labels, config.codebook_size
+        self.path, self.note, self.folder = f"{folder}/tokens.npy", f"{folder}/cache.json", folder
+        self.labels, self.files, self.codebook_size = dataset.labels, dataset.files, config.codebook_size
         shape = (len(dataset), dataset.crops, config.num_tokens)
-        settings = {"tokenizer": tokenizer.fingerprint(), "files": dataset.files, "shape": list(shape)}
+        settings = {"tokenizer": tokenizer.fingerprint(), "shape": list(shape), **dataset.files}
+        lock = take_lock(folder, wait=True)
         if rank() == 0 and not os.path.exists(self.note):
-            create_array(self.path, np.uint16, shape, UNWRITTEN)
+            others = set(os.listdir(folder)) - {"tokens.npy", "lock"}
+            if others:
+                raise InputError(f"{folder} holds {others.pop()}; name an empty or new folder with --cache")
+            dtype = np.uint16 if config.codebook_size < 2 ** 16 else np.uint32
+            create_array(self.path, dtype, shape, np.iinfo(dtype).max)
             self.write_note(settings, finished=False)
         barrier()
         try:
@@ -355,13 +409,16 @@ class TokenCache:
             self.tokens = open_array(self.path)
         except (ValueError, TypeError, EOFError, FileNotFoundError):
             self.refuse()
+        finished = saved.pop("finished", False)
         refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
-                       "delete the folder to build it anew, or name another with --cache")
+                       f"delete {self.path} and {self.note} to build it anew, or name another with --cache")
         if self.tokens.shape != shape:
             self.refuse()
-        if not saved["finished"]:
+        if not finished:
             self.build(dataset, tokenizer, device, workers, batch_size)
             self.write_note(settings, finished=True)
+        barrier()
+        lock.close()
 
     def write_note(self, settings, finished):
         if rank() == 0:
@@ -369,7 +426,7 @@ class TokenCache:
             replace_file(self.note, lambda file: file.write(text.encode()))
 
     def refuse(self):
-        raise InputError(f"the token cache {self.path} is damaged; delete its folder to build it anew")
+        raise InputError(f"the token cache is damaged; delete {self.path} and {self.note} to build it anew")
 
     def __len__(self):
         return len(self.tokens)
@@ -386,7 +443,8 @@ class TokenCache:
 
     def missing(self):
         """Indices of the images of which not all tokens are written."""
-        return np.concatenate([np.flatnonzero((self.tokens[at:at + 4096] == UNWRITTEN).any(axis=(1, 2))) + at
+        unwritten = np.iinfo(self.tokens.dtype).max
+        return np.concatenate([np.flatnonzero((self.tokens[at:at + 4096] == unwritten).any(axis=(1, 2))) + at
                                for at in range(0, len(self), 4096)])
 
     def build(self, dataset, tokenizer, device, workers, batch_size):
@@ -397,7 +455,11 @@ class TokenCache:
         micro = max(1, batch_size // dataset.crops)
         rows = [share[at:at + micro] for at in range(0, len(share), micro)]
         stream = batches(dataset.read_crops, [indices[:, None] for indices in rows], workers)
-        for indices, images in zip(progress_bar(rows, "tokens", micro), stream):       # (B, crops, 3, H, W)
+        for indices, (images, sources) in zip(progress_bar(rows, "tokens", micro), stream):
+            with open(f"{self.folder}/stand_ins.txt", "a") as file:
+                for index, source in zip(indices, sources.tolist()):
+                    if index != source:
+                        print(dataset.paths[source], "for", dataset.paths[index], file=file)
             ids = tokenizer.encode(to_float(images.flatten(0, 1), device))
             write_rows(self.tokens, indices, ids.unflatten(0, images.shape[:2]).cpu().numpy())
         barrier()
@@ -440,32 +502,54 @@ def pack_linears(model):
     if not torch.backends.mkldnn.is_available() or next(model.parameters()).device.type != "cpu":
         return model
     dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for module in list(model.modules()):
-        for name, layer in module.named_children():
-            if isinstance(layer, nn.Linear) and layer.weight.dtype in dtypes:
-                setattr(module, name, PackedLinear(layer))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and layer.weight.dtype in dtypes:
+            model.set_submodule(name, PackedLinear(layer))
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         tensor.data = tensor.clone()          # now nothing holds the mapped file in memory any more
     return model
 
 # ==== What every run needs ========================================================================
 
+class Screen:
+    """stdout or stderr. When whoever reads them has gone, as after Ctrl-C in `| tee log`, the run goes on."""
+    def __init__(self, stream):
+        self.stream = stream
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")     # a class name may have letters it can't show
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+HINTS = {"out of memory": "give a smaller --batch-size; when training, a larger --accum or --grad-checkpoint",
+         "shared memory": "give --workers 0, or more shared memory (docker run --shm-size=8g)",
+         "Too many open files": "raise the limit with `ulimit -n 65536`, or give fewer --workers"}
+
 def run(main):
     """Call main() as a command. Exit codes: 2 with a line on stderr for an InputError or what the system
     refuses, 128 + the signal for a run that stopped and has saved, 1 with a traceback for our mistakes."""
-    code, message = 0, None
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    code = 0
     try:
         main()
-    except (InputError, OSError) as error:
-        code, message = 2, f"error: {error}"
     except SystemExit as leaving:
         code = leaving.code
     except KeyboardInterrupt:
         code = 130
-    except Exception:
-        code, message = 1, traceback.format_exc()
-    if message:
+    except Exception as error:                # reported here, before Python waits for the reading processes
+        expected = isinstance(error, (InputError, OSError))
+        code, message = (2, f"error: {error}") if expected else (1, traceback.format_exc())
+        message += "".join(f"\nhint: {hint}" for sign, hint in HINTS.items() if sign in str(error))
         print(f"rank {rank()}: {message}" if world_size() > 1 else message, file=sys.stderr)
+        for process in multiprocessing.active_children():
+            process.kill()
     if dist.is_initialized():
         if not code:
             barrier()
@@ -490,8 +574,11 @@ def number(kind, low, high=math.inf):
 
 HelpFormatter = argparse.RawDescriptionHelpFormatter
 positive, natural = number(int, 1), number(int, 0)
-DEVICE = dict(choices=["auto", "cpu", "cuda", "mps"], default="auto")
-WORKERS = dict(type=natural, help="reading processes per rank (8 with a GPU, else 0)")
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+DEVICE = dict(choices=DEVICES, default=DEVICES[0], help="(%(default)s)")
+SEED = dict(type=number(int, 0, 2 ** 63), default=0, help="of all random choices (%(default)s)")
+WORKERS = dict(type=natural, default=8 if "cuda" in DEVICES else 0,
+               help="reading processes per rank (%(default)s)")
 above_zero, at_least_zero, from_0_to_1 = number(float, 1e-12), number(float, 0), number(float, 0, 1)
 
 def preset_parser(doc, presets):
@@ -508,7 +595,7 @@ def add_run_arguments(parser):
     """The flags of both trainers. --batch-size, --lr, --warmup and --clip get defaults from the recipe."""
     add = parser.add_argument
     add("-h", "--help", action="help", help="show this and exit")
-    add("--data", default="shapes", help="'shapes', the built-in pictures, or a folder of class folders")
+    add("--data", help="folder of class folders, or 'shapes', the built-in pictures (those of the tokenizer)")
     add("--val-data", help="validation folder; without it every 20th image of --data is held out")
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
@@ -516,7 +603,7 @@ def add_run_arguments(parser):
     add("--lr", type=above_zero, help="of the first phase, at its peak; all scale with it (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup; fewer in short runs (%(default)s)")
     add("--clip", type=at_least_zero, help="largest gradient norm; 0 is no limit (%(default)s)")
-    add("--seed", type=natural, default=0)
+    add("--seed", **SEED)
     add("--num-pictures", type=positive, default=50_000, help="of the built-in set (%(default)s)")
     add("--eval-every", type=positive, default=500, help="steps between evaluations (%(default)s)")
     add("--eval-images", type=positive, default=256, help="pictures an evaluation looks at (%(default)s)")
@@ -535,21 +622,24 @@ def add_device_arguments(parser):
     add("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
 
 # What decides the result, so that a resumed run must not change it. The number of steps may change.
-FIXED = "data val_data batch_size lr warmup clip seed num_pictures dtype".split()
+FIXED = "batch_size lr warmup clip seed dtype".split()
 
 def refuse_changes(message, saved, now, advice):
-    """InputError that names each value of `now` that is another one in `saved`, two dicts."""
-    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in now if saved.get(name) != now[name]]
+    """InputError that names the first values that differ between two dicts."""
+    changed = [f"{name} {saved.get(name)}, now {now.get(name)}" for name in sorted(saved.keys() | now.keys())
+               if saved.get(name) != now.get(name)]
     if changed:
-        raise InputError(f"{message} ({'; '.join(changed)}); {advice}")
+        raise InputError(f"{message} ({'; '.join(changed[:3])}); {advice}")
 
-def refuse_overwrite(paths):
-    for path in filter(os.path.exists, paths):
-        raise InputError(f"{path} is there already: --resume goes on from it, another --out starts anew")
+def refuse_overwrite(resume, state, *others):
+    """InputError when a training would replace files of another: it must resume the state, or find none."""
+    if not (resume and os.path.exists(state)):
+        for path in filter(os.path.exists, (state, *others)):
+            raise InputError(f"{path} is there already: --resume goes on from {state}, another --out starts "
+                             "anew")
 
 # ---- Ranks, devices, signals ---------------------------------------------------------------------
 
-PATIENCE = datetime.timedelta(hours=2)        # with another rank's download; torchrun sees to dead ranks
 LOG_EVERY = 20                                # steps
 
 def rank():
@@ -567,30 +657,23 @@ def keep_memory():
             mallopt(parameter, value)
 
 def start(args):
-    """Join the ranks, if torchrun started them, and fill in --dtype and --workers. -> device"""
+    """Join the ranks, if torchrun started them, and fill in --dtype. -> device"""
     keep_memory()
-    accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = accelerator if args.device == "auto" else torch.device(args.device)
-    if device.type not in ("cpu", accelerator.type):
-        raise InputError(f"device {device} is not available here; there is {accelerator}")
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if device.type == "mps":
-            raise InputError("several processes can't share an Apple GPU; give --device cpu, or no torchrun")
-        if device.type == "cuda":
+    device, on_gpu = torch.device(args.device), args.device == "cuda"
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        if on_gpu:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
+        patience = datetime.timedelta(hours=2)           # with another rank's download
         # gloo for what need not wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
     parts = world_size() * args.accum if "accum" in args else 1
     if args.batch_size % parts:
         raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {world_size()} ranks in "
                          f"{args.accum} micro-batches; choose --batch-size as a multiple of {parts}")
-    on_gpu = device.type == "cuda"
-    if "workers" in args and args.workers is None:
-        args.workers = 8 if on_gpu else 0
     if args.dtype == "auto":
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else
-                device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"))
+                torch.cpu.get_capabilities().get("avx512_bf16"))
         args.dtype = "bfloat16" if fast else "float32"
     return device
 
@@ -618,13 +701,17 @@ def say(text):
     if rank() == 0:
         tqdm.write(text)
 
+# Of schedulers, of Ctrl-C, of a terminal that is closed.
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
+
 class StopFlag:
-    """Notes the first SIGTERM or SIGINT, for the loop to save and stop. A second one ends the process, unless
+    """Notes the first signal to stop, for the loop to save and leave. A second one ends the process, unless
     it comes within a second: torchrun and the terminal may both deliver the first."""
     def __init__(self):
         self.signal = self.noted = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:        # as nohup has it
+                signal.signal(number, self.note)
 
     def note(self, number, frame):
         if self.signal and time.monotonic() > self.noted + 1:
@@ -649,46 +736,41 @@ def learning_rate(step, steps, warmup, peak, final):
     """Linear warmup to `peak`, then a cosine to `final`, which the step after the last would reach."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / (steps - warmup)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
-def distribute(model, device):
+def distribute(model):
     """The model for training on several ranks, as it is on one."""
-    if world_size() == 1:
-        return model
-    devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
 
-def compile_in_place(modules, steps, args, device):
-    """torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes.
+def prepare(modules, steps, args, device):
+    """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again.
+    torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes.
     Where a CPU has no compiler, PyTorch says so and goes on without."""
     torch._dynamo.config.suppress_errors = device.type != "cuda"
-    if args.compile and (device.type == "cuda" or steps >= 4000):
-        for module in modules:
+    for module in modules:
+        if args.grad_checkpoint:
+            for block in module.blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if args.compile and (device.type == "cuda" or steps >= 4000):
             module.compile()
-
-def checkpoint_blocks(blocks):
-    """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again."""
-    for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 def check_finite(name, value):
     if not math.isfinite(value):
         raise InputError(f"{name} is not finite: training has diverged; start anew with a lower --lr")
 
-def check_bad_steps(in_row, path, limit=10):
+def check_bad_steps(in_row, limit=10):
     """InputError when so many steps in a row (ours) were skipped, because their gradient was not finite."""
     if in_row == limit:
-        saved = f"--resume goes on from {path}" if os.path.exists(path) else "nothing is saved yet"
-        raise InputError(f"{in_row} steps in a row had gradients that are not finite; {saved}; if it happens "
-                         "again, start anew with a lower --lr")
+        raise InputError(f"{in_row} steps in a row had gradients that are not finite; --resume goes on from "
+                         "the last save, if any; if it happens again, start anew with a lower --lr")
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 def replace_file(path, write):
     """write(file) aside, sync, then rename: `path` holds the old content or the new, never half of one.
     InputError when it can't be written; the old content is then untouched."""
-    folder, aside = os.path.dirname(os.path.abspath(path)), f"{path}.tmp"
+    folder, aside = os.path.dirname(os.path.abspath(path)), f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(folder, exist_ok=True)
         with open(aside, "wb") as file:
@@ -696,13 +778,36 @@ def replace_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        with contextlib.suppress(OSError):    # some file systems can't sync a folder
+            handle = os.open(folder, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
     except (OSError, RuntimeError) as error:  # torch.save has a kind of its own for a full disk
         with contextlib.suppress(OSError):
             os.remove(aside)
         raise InputError(f"can't write {path} ({error}); make room, or name another place") from None
+
+def take_lock(folder, wait=False):
+    """Make a folder and have it for this run, until the returned file is closed or the process ends. wait: if
+    another run has it, wait for that; else InputError that names the other. Old .tmp files are removed."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(f"{folder}/lock", "a+")
+    if rank() == 0:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = f"{folder} is in use by {file.read()}"
+            if not wait:
+                raise InputError(f"{holder}; wait for it, or choose another folder") from None
+            say(f"{holder}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+        for name in os.listdir(folder):
+            if name.endswith(".tmp"):
+                os.remove(f"{folder}/{name}")
+    return file
 
 def create_array(path, dtype, shape, fill):
     """A new .npy of one value. It takes its room on the disk now: a full disk says so here."""
@@ -758,7 +863,13 @@ def load_checkpoint(path, kind, from_released=lambda state: None):
         raise InputError(f"no such checkpoint: {path} (train_{kind}.py writes it)")
     content = read_torch(path)
     if "kind" not in content:
-        content = from_released(content)
+        for name in ("model_state", "model", "ema"):              # where training code keeps the weights
+            content = content.get(name, content)
+        content = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): content[name] for name in content}
+        try:
+            content = from_released(content)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path}, a released file, does not fit the model: {error!r}") from None
     elif content["kind"] != kind:
         content = None
     if content is None:
@@ -804,8 +915,10 @@ class Log:
         if rank() == 0:
             if os.path.exists(path):
                 with open(path, "rb") as file:
-                    entries = [(line, json.loads(line)) for line in file if line.endswith(b"\n")]
-                kept = [line for line, entry in entries if entry["run"] != run or entry["step"] <= step]
+                    lines = [line for line in file if line.strip() and line.endswith(b"\n")]
+                entries = map(json.loads, lines)
+                kept = [line for line, entry in zip(lines, entries)
+                        if entry["run"] != run or entry["step"] <= step]
             replace_file(path, lambda file: file.writelines(kept))
 
     def write(self, step, **values):
@@ -814,12 +927,18 @@ class Log:
                 file.write(json.dumps({"run": self.run, "step": step, **values}) + "\n")
 
 def grid_image(images, columns):
-    """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between."""
-    images = F.pad(images.float().cpu().clamp(0, 1), (0, 2, 0, 2), value=1)
-    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
-    rows = torch.cat([images, blank]).unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)     # (r, H, c, W, 3)
+    """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between.
+    Small ones are enlarged to 128 pixels or more."""
+    missing, zoom = -len(images) % columns, -(-128 // min(128, images.shape[-1]))
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    cells = F.pad(images.float().cpu().clamp(0, 1), (0, 2, 0, 2, 0, 0, 0, missing), value=1)
+    rows = cells.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)                          # (r, H, c, W, 3)
     sheet = F.pad(rows.flatten(0, 1).flatten(1, 2), (0, 0, 2, 0, 2, 0), value=1)
-    return Image.fromarray((sheet * 255).round().byte().numpy())
+    return to_image(sheet.permute(2, 0, 1))
+
+def to_image(pixels):
+    """(3, H, W) in [0, 1] -> a PIL image."""
+    return Image.fromarray((pixels.permute(1, 2, 0).cpu() * 255).round().byte().numpy())
 
 def save_picture(path, picture):
     """A PIL image -> a PNG file. Rank 0 writes."""

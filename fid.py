@@ -286,7 +286,8 @@ class NpzImages:
 class Folder:
     """All images in a folder, at any depth, by path, or a single file; cropped to crop x crop if given."""
     def __init__(self, path, crop=None):
-        self.crop, self.paths = crop, [path] if os.path.isfile(path) else data.image_files(path)
+        self.crop, paths = crop, [""] if os.path.isfile(path) else data.image_files(path)
+        self.paths = [os.path.join(path, name) if name else path for name in paths]
         self.size = None if crop or not self.paths else data.read_image(self.paths[0]).size
 
     def __len__(self):
@@ -299,7 +300,7 @@ class Folder:
         if image.size != self.size:
             raise InputError(f"images must be of one size: {self.paths[index]} is {image.size}, others are "
                              f"{self.size}; --crop N makes them N x N, as ADM prepares ImageNet")
-        return data.to_tensor(np.asarray(image)), index
+        return data.to_tensor(image), index
 
 def image_batches(images, name, args):
     """--num-images of a set, by default all -> how many, and this rank's batches of them: place (a slice) and
@@ -492,6 +493,8 @@ def main():
     for path in paths or [args.data]:         # before anything is downloaded
         if path != "shapes" and not os.path.exists(path):
             raise InputError(f"no such file or folder: {path}")
+    if args.save_stats and os.path.exists(args.save_stats):
+        raise InputError(f"{args.save_stats} is there already; name another file or remove it")
     device = data.start(args)
     torch.backends.cudnn.allow_tf32 = False
     torch.set_grad_enabled(False)
@@ -508,13 +511,13 @@ def main():
         scores["images"] = [len(each["pool"]) if "pool" in each else None for each in sets]
     if data.rank() > 0:
         return
-    if args.save_stats:
-        sets[-1].pop("pool", None)
-        data.replace_file(args.save_stats, lambda file: np.savez(file, **sets[-1], inception=net.origin))
     if net.origin != PUBLISHED:
         print(f"warning: Inception is not the published one but {net.origin}: figures are not comparable",
               file=sys.stderr)
     print(json.dumps({**scores, "inception": net.origin}, indent=1))
+    if args.save_stats:
+        sets[-1].pop("pool", None)
+        data.replace_file(args.save_stats, lambda file: np.savez(file, **sets[-1], inception=net.origin))
 
 if __name__ == "__main__":
     data.run(main)

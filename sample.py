@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,13 @@ def find_models(args):
 
 def class_id(word, model):
     """A class as the user names it, a number or a name -> its id. InputError when there is no such class."""
-    names = model.classes or []
+    names, word = model.classes or [], unicodedata.normalize("NFC", word)
     if word in names:
         return names.index(word)
     if word.isdecimal() and int(word) < model.config.num_classes:
         return int(word)
-    raise InputError(f"no class {word!r}: classes are 0 to {model.config.num_classes - 1}, names {names[:5]}")
+    raise InputError(f"no class {word!r}: classes are 0 to {model.config.num_classes - 1}, names {names[:3]} "
+                     "...; --classes lists them")
 
 # ---- Painting ------------------------------------------------------------------------------------
 
@@ -76,9 +78,16 @@ def paint_all(model, tokenizer, ids, args, device, kept=None):
     return tokens.to(device), images.to(device) / 255
 
 def save_grid(images, columns, name, args):
-    """Save pictures, `columns` a row, as --png or as `name` in --out. -> path"""
+    """Save pictures, `columns` a row, as --png or as `name` in --out; a picture a file if --png is a folder.
+    Other seeds and sampling options than the defaults are part of the name. -> path"""
+    name += "".join(f"_{option}{getattr(args, option)}" for option in ("seed", *SAMPLING)
+                    if getattr(args, option) not in (None, args.defaults[option]))
     path = args.png or f"{args.out}/{name}.png"
-    data.save_picture(path, data.grid_image(images, columns))
+    if path.endswith("/") or os.path.isdir(path):
+        for k, image in enumerate(images):
+            data.save_picture(os.path.join(path, f"{name}_{k:05d}.png"), data.to_image(image))
+    else:
+        data.save_picture(path, data.grid_image(images, columns))
     return path
 
 def paint_grid(model, tokenizer, ids, args, device):
@@ -143,11 +152,9 @@ def paint_gif(model, tokenizer, ids, args, device):
     config, columns = tokenizer.config, args.n if args.n > 1 else len(ids)
     tokens, finished = paint_all(model, tokenizer, ids, args, device)
     image, strip = tokenizer.decode_causal(tokens)
-    zoom = max(1, 256 // config.image_size // columns)
     frames = []
     for known, shown in enumerate([image] * (config.num_tokens + 1) + [finished]):
-        canvas = so_far(shown, strip, tokenizer, known)
-        frames.append(data.grid_image(F.interpolate(canvas, scale_factor=zoom), columns))
+        frames.append(data.grid_image(so_far(shown, strip, tokenizer, known), columns))
     durations = [60] * config.num_tokens + [600, 3000]                       # in ms
     film = dict(save_all=True, append_images=frames[1:], loop=0, duration=durations)
     if data.rank() == 0:
@@ -196,13 +203,14 @@ def parse_args():
                       "or built-in ones ('shapes'); with or without a --class")
     task.add_argument("--reconstruct", metavar="PATH", help="pictures, and what either decoder makes of them")
     task.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py")
+    task.add_argument("--classes", dest="list_classes", action="store_true", help="list what the model knows")
     add = parser.add_argument
     add("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="ids or names; a name wins")
     add("--keep", type=data.from_0_to_1, default=0.5, help="with --image: share of its tokens to keep (0.5)")
     add("--num-images", type=data.positive, help="pictures in the .npz (50,000); rows of --image (8)")
     add("-n", "--n", type=data.positive, default=16, help="pictures of each class, completions of --image, "
         "pictures to --reconstruct; torchrun lets only -n through (%(default)s)")
-    add("--seed", type=data.natural, default=0)
+    add("--seed", **data.SEED)
     add("--cfg-scale", type=data.at_least_zero, help="guidance at the last token; 1 is none (the model's)")
     add("--cfg-power", type=data.at_least_zero, help="above 1 guidance comes late (the model's)")
     add("--temperature", type=data.at_least_zero, default=1.0, help="0 takes the likeliest (%(default)s)")
@@ -212,14 +220,17 @@ def parse_args():
     add("--out", default="out", help="folder with tokenizer.pt and ar.pt (%(default)s)")
     add("--tokenizer", help="tokenizer checkpoint (in --out, or the demo's if there is no model)")
     add("--ar", help="AR checkpoint (likewise)")
-    add("--png", help="a grid's file name (default: in --out, after what it shows)")
+    add("--png", help="file of a grid (default: in --out, after what it shows), or folder of single pictures")
     data.add_device_arguments(parser)
     parser.set_defaults(dtype="float32")      # guidance magnifies the rounding of bfloat16
     args = parser.parse_args()
-    needs_class = not (args.npz or args.reconstruct)
+    args.defaults = {name: parser.get_default(name) for name in ("seed", *SAMPLING)}
+    if args.png and args.png in (args.image, args.reconstruct):
+        parser.error("--png names the input; name another file")
+    needs_class = not (args.npz or args.reconstruct or args.list_classes)
     if needs_class != bool(args.classes) and not args.image:
         parser.error("say what to paint: --class (with --paint, to see it appear), --image (with a --class "
-                     "or without), --reconstruct or --npz")
+                     "or without), --reconstruct, --npz or --classes")
     if args.image and len(args.classes) > 1:
         parser.error("--image takes one --class at most")
     args.num_images = args.num_images or (50_000 if args.npz else 8)
@@ -243,6 +254,9 @@ def main():
         raise InputError(f"{weights[1]} was trained on the tokens of another tokenizer than {weights[0]}")
     model.blocks.to(getattr(torch, args.dtype))
     data.pack_linears(model)
+    if args.list_classes:
+        names = model.classes or [""] * model.config.num_classes
+        return data.say("\n".join(f"{label} {name}" for label, name in enumerate(names)))
     ids = [class_id(word, model) for word in args.classes]
     subject = ", ".join(f"{k} ({model.classes[k]})" if model.classes else str(k) for k in ids[:8])
     if args.npz:

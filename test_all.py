@@ -227,8 +227,8 @@ def test_recomputing_activations_changes_no_gradient():
     images, classes, gradients = torch.rand(2, 3, 32, 32), torch.tensor([1, 2]), []
     for recompute in (False, True):
         tokenizer, model = small_tokenizer().train(), small_ar(dropout=0.1).train()
-        if recompute:
-            data.checkpoint_blocks([*tokenizer.encoder.blocks, *tokenizer.decoder.blocks, *model.blocks])
+        args = SimpleNamespace(grad_checkpoint=recompute, compile=False)
+        data.prepare([tokenizer.encoder, tokenizer.decoder, model], 1, args, CPU)
         tokenizer(images)[0].sum().backward()
         torch.manual_seed(1)
         model(torch.zeros(2, 20, dtype=torch.long), classes).logsumexp(-1).sum().backward()
@@ -364,7 +364,7 @@ def released_tokenizer(stage, prefix_tokens=None):
         if name.endswith(("to_latent.weight", "head.proj.weight")):
             shape += (1, 1)                   # a 1 x 1 convolution there
         names = (theirs + name[len(ours):] for theirs, ours in RELEASED_NAMES.items()
-                 if (name + ".").startswith(ours + "."))
+                 if name.startswith(ours))
         theirs = next(names, name)
         released[theirs] = rebuild("tok/" + theirs, shape)
     if stage == 2:
@@ -863,11 +863,11 @@ def test_training_without_glibc_with_and_without_a_compiler(compiler, tmp_path, 
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     result = python("-c", """if True:
-        import data, test_all, torch
-        with test_all.mock.patch("ctypes.CDLL", side_effect=OSError):
+        import data, test_all as t, torch
+        with t.mock.patch("ctypes.CDLL", side_effect=OSError):
             data.keep_memory()
-        plain, compiled = test_all.small_ar().train(), test_all.small_ar().train()
-        data.compile_in_place([compiled], 4000, test_all.SimpleNamespace(compile=True), test_all.CPU)
+        plain, compiled = t.small_ar().train(), t.small_ar().train()
+        data.prepare([compiled], 4000, t.SimpleNamespace(compile=True, grad_checkpoint=False), t.CPU)
         for net in (plain, compiled):
             net(torch.arange(42).view(2, 21), torch.tensor([3, 4])).logsumexp(-1).sum().backward()
         for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
@@ -1134,7 +1134,7 @@ def test_change_of_the_shapes(tmp_path):
         new = data.draw_shape(0, "val", 1020, 64)[0].astype(int)
         others = [data.draw_shape(0, "val", k, 64)[0] for k in range(20, 1000, 100)]     # only shapes differ
         assert max((abs(other - new).max(2) < 60).mean() for other in others) < 0.97
-        data.SHAPES[0] = "blob"
+        data.COMBINATIONS[0] = "blob", "red", "night"
         with pytest.raises(ValueError, match="blob"):
             data.draw_shape(0, "val", 0, 64)""")
 
@@ -1287,7 +1287,7 @@ def main():
     parser.add_argument("command", choices=["benchmark", "shapes", "sheet"])
     parser.add_argument("paths", metavar="PATH", nargs="*", type=Path, help="samples.npz or folders of runs")
     parser.add_argument("--png", help="where a grid of samples, or the sheet (shapes.png), goes")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--device", **data.DEVICE)
     parser.add_argument("--preset", choices=ar_model.PRESETS, nargs="+", default=["tiny"])
     parser.add_argument("--batch-size", type=data.positive, nargs="+", default=[1, 16])
     args = parser.parse_args()

@@ -79,11 +79,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal=False, mask=None):
-        B, T, C = x.shape
-        qkv = self.in_proj(x).view(B, T, 3, self.heads, C // self.heads)
+        qkv = self.in_proj(x).unflatten(2, (3, self.heads, -1))              # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, H, T, D) each
         x = attention(q, k, v, mask, causal)
-        return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
     def __init__(self, width):
@@ -178,17 +177,17 @@ class Quantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):    # distances need float32
             z = z.float()
             distances = self.distances(z)
-            tokens = distances.argmin(1).view(z.shape[:2])
+            tokens = distances.argmin(-1)
             codes = self.codes(tokens)
             # Codes always follow the latents; latents are held to codes as far as the decoder sees codes.
             loss = F.mse_loss(codes, z.detach()) + blend * self.COMMITMENT * F.mse_loss(z, codes.detach())
             if self.training and self.codebook.requires_grad:                # stage 1, the GAN phase included
-                self.observe(z.detach().flatten(0, 1), tokens.flatten(), distances)
+                self.observe(z.flatten(0, 1), tokens.flatten(), distances.flatten(0, 1))
             return z + blend * (codes - z).detach(), tokens, loss
 
     def tokens(self, z):
         """Latents (B, N, D) -> tokens (B, N) int64."""
-        return self.distances(z).argmin(1).view(z.shape[:2])
+        return self.distances(z).argmin(-1)
 
     def codes(self, tokens):
         """Tokens (B, N) -> quantized latents (B, N, D)."""
@@ -200,8 +199,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def distances(self, z):
-        """Squared distances of latents (B, N, D) to the codes, but for a constant per latent: (B*N, K)."""
-        return self.codebook.pow(2).sum(1) - 2 * z.flatten(0, 1) @ self.codebook.T
+        """Squared distances of latents (B, N, D) to the codes, but for a constant per latent: (B, N, K)."""
+        return self.codebook.pow(2).sum(1) - 2 * z @ self.codebook.T
 
     @torch.no_grad()
     def observe(self, z, tokens, distances):
@@ -249,10 +248,10 @@ class PixelHead(nn.Module):
         self.proj = nn.Linear(width, patch_size ** 2 * 3)
         self.conv = nn.Conv2d(3, 3, 1)
 
-    def forward(self, x, rows, cols):
+    def forward(self, x, rows):
         p = self.patch_size
-        x = self.proj(x).view(-1, rows, cols, p, p, 3).permute(0, 5, 1, 3, 2, 4)          # (B, 3, r, p, c, p)
-        x = self.conv(x.reshape(-1, 3, rows * p, cols * p))
+        x = self.proj(x).view(len(x), rows, -1, p, p, 3).permute(0, 5, 1, 3, 2, 4)        # (B, 3, r, p, c, p)
+        x = self.conv(x.flatten(4).flatten(2, 3))
         return x.float().sigmoid()                            # bfloat16 is coarser than 8 bits
 
 class Decoder(nn.Module):
@@ -284,9 +283,9 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, self.causal)                         # the no-peeking-forward rule is this argument
         x = self.ln_post(x[:, len(self.buffer_tokens):])                                           # (B, N, C)
-        image, strip = self.image_head(x[:, self.place], self.grid, self.grid), None
+        image, strip = self.image_head(x[:, self.place], self.grid), None
         if self.strip_head:
-            strip = self.strip_head(x[:, :self.prefix_tokens], 1, self.prefix_tokens)
+            strip = self.strip_head(x[:, :self.prefix_tokens], 1)
         return image, strip
 
 def strip_target(images, model):
@@ -312,8 +311,7 @@ class Tokenizer(nn.Module):
 
     def forward(self, images, blend=1.0):
         """-> picture, strip (or None, see `Decoder`), quantizer loss. blend: see `Quantizer.forward`."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 1):
-            z, _, quantizer_loss = self.quantizer(self.encoder(images), blend)
+        z, _, quantizer_loss = self.quantizer(self.encoder(images), blend)
         image, strip = self.decoder(z)
         return image, strip, quantizer_loss
 
@@ -321,7 +319,7 @@ class Tokenizer(nn.Module):
     def encode(self, images):
         """Images (B, 3, H, W) float in [0, 1] -> tokens (B, N) int64: prefix, then in order of generation."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.quantizer.tokens(self.encoder(images).float())
+            return self.quantizer.tokens(self.encoder(images))
 
     @torch.no_grad()
     def decode(self, tokens):
@@ -394,43 +392,37 @@ RELEASED_NAMES = dict(line.split() for line in """
     latent_tokens                                   encoder.latent_tokens
     encoder.positional_embedding                    encoder.patch_positions
     encoder.latent_token_positional_embedding       encoder.latent_positions
-    encoder.conv_out                                encoder.to_latent
-    encoder.transformer                             encoder.blocks
+    encoder.conv_out.                               encoder.to_latent.
+    encoder.transformer.                            encoder.blocks.
     quantize.embedding.weight                       quantizer.codebook
     quantize.embed_prob                             quantizer.usage
-    decoder.decoder_embed                           decoder.from_latent
+    decoder.decoder_embed.                          decoder.from_latent.
     decoder.class_embedding                         decoder.buffer_tokens
     decoder.latent_token_positional_embedding       decoder.positions
-    decoder.ffn.0                                   decoder.image_head.proj
-    decoder.conv_out                                decoder.image_head.conv
-    decoder.ffn_aux.0                               decoder.strip_head.proj
-    decoder.conv_out_aux                            decoder.strip_head.conv
-    decoder.transformer                             decoder.blocks
+    decoder.ffn.0.                                  decoder.image_head.proj.
+    decoder.conv_out.                               decoder.image_head.conv.
+    decoder.ffn_aux.0.                              decoder.strip_head.proj.
+    decoder.conv_out_aux.                           decoder.strip_head.conv.
+    decoder.transformer.                            decoder.blocks.
 """.strip().splitlines())
 
 def from_released(released):
-    """A released state dict, or a training checkpoint with one under `model_state` -> a checkpoint of ours.
-    Widths, depths, codebook, tokens and patch come from the shapes. None if this is no such file."""
-    released = released.get("model_state", released)
+    """A released state dict -> a checkpoint of ours. Widths, depths, codebook, tokens and patch come from the
+    shapes. None if this is no such file."""
     if "quantize.embedding.weight" not in released:
         return None
     state = {}
     for name, value in released.items():
         for theirs, ours in RELEASED_NAMES.items():
-            if name == theirs or name.startswith(theirs + "."):
-                name = ours + name[len(theirs):]
-                break
+            name = name.replace(theirs, ours)
         if name.endswith(("to_latent.weight", "head.proj.weight")):
             value = value.flatten(1)                          # a 1 x 1 convolution there, a linear layer here
         state[name] = value
-    try:
-        codes, dim = state["quantizer.codebook"].shape
-        encoder_width, _, patch, _ = state["encoder.patch_embed.weight"].shape
-        buffer_tokens, decoder_width = state["decoder.buffer_tokens"].shape
-        grid = math.isqrt(len(state["encoder.patch_positions"]))
-        prefix_tokens = len(state["encoder.latent_tokens"]) - grid ** 2
-    except (KeyError, ValueError) as error:
-        raise InputError(f"this released tokenizer does not fit the model: {error}") from None
+    codes, dim = state["quantizer.codebook"].shape
+    encoder_width, _, patch, _ = state["encoder.patch_embed.weight"].shape
+    buffer_tokens, decoder_width = state["decoder.buffer_tokens"].shape
+    grid = math.isqrt(len(state["encoder.patch_positions"]))
+    prefix_tokens = len(state["encoder.latent_tokens"]) - grid ** 2
     encoder_depth, decoder_depth = (
         sum(name.startswith(part) and name.endswith("ln_1.bias") for name in state)
         for part in ("encoder.blocks", "decoder.blocks"))
@@ -454,4 +446,5 @@ def load_tokenizer(path, device="cpu"):
     if saved.get("order", sorted(order)) != order:            # files without one have raster order
         raise InputError(f"the tokens of {path} have another order than generation_order says")
     load_weights(model, state, path)
+    model.data = saved.get("data", ("shapes", None))          # --data and --val-data of its training
     return model.float().to(device).eval()                    # files may hold float16

@@ -51,7 +51,7 @@ def evaluate(model, cache, args, device):
 def paint_samples(model, tokenizer, path, seed, n=32):
     """A grid of samples of classes spread over all there are, each time with the same random numbers."""
     model.eval()
-    classes = torch.tensor([k * model.config.num_classes // n for k in range(n)])
+    classes = torch.arange(n) * model.config.num_classes // n
     tokens = model.generate(classes, image_uniforms(seed, range(n), model.config.num_tokens))
     model.caches.clear()                                      # training needs the memory
     model.train()
@@ -62,7 +62,7 @@ def train(model, tokenizer, caches, classes, args, device):
     run, path, config = "ar", f"{args.out}/ar_state.pt", model.config
     n, fingerprint = len(caches["train"]), tokenizer.fingerprint()
     fixed = {name: getattr(args, name) for name in [*data.FIXED, "class_dropout"]} | asdict(config)
-    fixed["tokenizer"] = fingerprint
+    fixed |= {"tokenizer": fingerprint, **caches["train"].files, **caches["val"].files}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -81,10 +81,8 @@ def train(model, tokenizer, caches, classes, args, device):
         start, skipped = state["step"], state["skipped"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    if args.grad_checkpoint:
-        data.checkpoint_blocks(model.blocks)
-    data.compile_in_place([model], args.steps, args, device)
-    ddp_model, stop_flag = data.distribute(model, device), data.StopFlag()
+    data.prepare([model], args.steps, args, device)
+    ddp_model, stop_flag = data.distribute(model), data.StopFlag()
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     micro_batches = data.batch_keys(run, n, args, start)
     steps = range(start, args.steps)
@@ -118,7 +116,7 @@ def train(model, tokenizer, caches, classes, args, device):
             bad_in_row = 0
         else:
             skipped, bad_in_row = skipped + 1, bad_in_row + 1
-            data.check_bad_steps(bad_in_row, path)
+            data.check_bad_steps(bad_in_row)
         optimizer.zero_grad()
 
         done = step + 1
@@ -126,6 +124,10 @@ def train(model, tokenizer, caches, classes, args, device):
             means = data.mean_over_ranks(sums)
             log.write(done, **means, lr=lr, skipped=skipped)
             progress.set_postfix(means, skipped=skipped)
+        stop = stop_flag.read(done)
+        if stop or done % args.save_every == 0 or done == args.steps:
+            save("ar_state.pt", model.state_dict(), optimizer=optimizer.state_dict(), step=done,
+                 skipped=skipped, fixed=fixed)
         if done % args.eval_every == 0 or done == args.steps:
             scores = {f"{split}_{name}": value for split, cache in caches.items()
                       for name, value in evaluate(model, cache, args, device).items()}
@@ -133,10 +135,6 @@ def train(model, tokenizer, caches, classes, args, device):
             paint_samples(model, tokenizer, f"{args.out}/pictures/ar_{done:06d}.png", args.seed)
             data.say(f"{run}, step {done}: validation loss {scores['val_loss']:.3f} nats a token, accuracy "
                      f"{scores['val_accuracy']:.1%}")
-        stop = stop_flag.read(done)
-        if stop or done % args.save_every == 0 or done == args.steps:
-            save("ar_state.pt", model.state_dict(), optimizer=optimizer.state_dict(), step=done,
-                 skipped=skipped, fixed=fixed)
         if stop:
             data.leave(stop, done)
     save("ar.pt", data.in_dtype(model.state_dict(), args.save_dtype))
@@ -159,7 +157,7 @@ def parse_args():
     recipe, shape, start = RECIPES[known.preset], PRESETS[known.preset], None
     if known.init_from:
         start = load_ar(known.init_from)
-        recipe, shape = RECIPES["init"], {name: getattr(start.config, name) for name in shape}
+        recipe, shape = RECIPES["init"], asdict(start.config)
     parser.set_defaults(**recipe, **shape, clip=CLIP, start=start)
     args = parser.parse_args()
     args.heads = max(1, args.width * shape["heads"] // shape["width"])
@@ -168,13 +166,15 @@ def parse_args():
 def main():
     args = parse_args()
     device = data.start(args)
-    if not args.resume:
-        data.refuse_overwrite([f"{args.out}/ar_state.pt", f"{args.out}/ar.pt"])
+    data.take_lock(args.out)
+    data.refuse_overwrite(args.resume, f"{args.out}/ar_state.pt", f"{args.out}/ar.pt")
     tokenizer = data.pack_linears(load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device))
+    if not args.data:
+        args.data, args.val_data = tokenizer.data[0], args.val_data or tokenizer.data[1]
+        data.say(f"training on the pictures of the tokenizer, --data {args.data}")
     train_set, val_set = data.open_data(args, tokenizer.config.image_size, args.ten_crop)
-    shape = {name: getattr(tokenizer.config, name) for name in ("codebook_size", "grid", "prefix_tokens")}
-    shape |= {name: getattr(args, name) for name in PRESETS["tiny"]}
-    config = ARConfig(num_classes=len(train_set.classes), **shape)
+    t, shape = tokenizer.config, {name: getattr(args, name) for name in PRESETS["tiny"]}
+    config = ARConfig(t.codebook_size, t.grid, t.prefix_tokens, len(train_set.classes), **shape)
     caches = {split: data.TokenCache(f"{args.cache or args.out + '/tokens'}/{split}", dataset, tokenizer,
                                      device, args.workers)
               for split, dataset in (("train", train_set), ("val", val_set))}

@@ -83,7 +83,7 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = [channels, channels, 2 * channels, 4 * channels]
         self.stem = nn.Conv2d(3, channels, 5, padding=2)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.GroupNorm(32, width) for width in widths[1:])
         self.mix = nn.Conv2d(widths[-1], widths[-1], 1)
         self.to_logits = nn.Conv2d(widths[-1], 1, 5, padding=2)
@@ -147,7 +147,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judged_by", "blend_between"]}
     order = data.generation_order(config.grid).tolist()
     warm = stage == 2 and not args.cold_swap
-    fixed |= {"files": train.files, "order": order, "warm": warm, **asdict(config)}
+    fixed |= {"order": order, "warm": warm, **asdict(config), **train.files, **val.files}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     discriminator = Discriminator(args.discriminator).to(device)
     optimizer, disc_optimizer = (
@@ -169,10 +169,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     if stage == 1 and start and os.path.exists(paths[1]):
         raise InputError(f"stage 2 in {args.out} has begun on stage 1 as it was after {start} steps; "
                          f"give --steps {start} {args.steps[1]}, or start anew in another --out")
-    if args.grad_checkpoint:
-        data.checkpoint_blocks([*model.encoder.blocks, *model.decoder.blocks])
-    data.compile_in_place([model.encoder, model.decoder], steps, args, device)
-    ddp_model, ddp_discriminator = data.distribute(model, device), data.distribute(discriminator, device)
+    data.prepare([model.encoder, model.decoder], steps, args, device)
+    ddp_model, ddp_discriminator = data.distribute(model), data.distribute(discriminator)
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     batches = data.batches(train.read, data.batch_keys(run, len(train), args, start), args.workers)
     progress = data.progress_bar(range(start, steps), run, args.batch_size, initial=start, total=steps)
@@ -197,7 +195,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             # The tokenizer may compute in bfloat16; all losses and their networks compute in float32.
             if net is discriminator:
                 with torch.no_grad(), autocast:
-                    painted, _, _ = model(images, blend)
+                    painted = model(images, blend)[0]
                 real_logits, painted_logits = ddp_net(torch.cat([images, painted])).chunk(2)
                 terms = {"discriminator": hinge_loss(real_logits, painted_logits)}
             else:
@@ -234,7 +232,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             bad_in_row[net] = 0
         else:
             skipped, bad_in_row[net] = skipped + 1, bad_in_row[net] + 1
-            data.check_bad_steps(bad_in_row[net], path)
+            data.check_bad_steps(bad_in_row[net])
         if stage == 1:
             model.quantizer.after_step(stepped=bad_in_row[net] == 0)
         active.zero_grad()
@@ -244,18 +242,18 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             means = data.mean_over_ranks(losses)
             log.write(done, phase=phase.name, **means, lr=lr, skipped=skipped)
             progress.set_postfix(means, phase=phase.name, skipped=skipped)
-        if done % args.eval_every == 0 or done == steps:
-            scores = evaluate(model, val, args, device,
-                              f"{args.out}/pictures/tokenizer_stage{stage}_{done:06d}.png")
-            log.write(done, **scores)
-            data.say(f"{run}, step {done}: validation PSNR {scores['val_psnr']:.2f} dB, "
-                     f"{scores['val_codes']} of {config.codebook_size} codes")
         stop = stop_flag.read(done)
         if stop or done % args.save_every == 0 or done == steps:
             data.save_checkpoint(
                 path, kind="tokenizer", config=asdict(config), order=order, fixed=fixed, step=done,
                 skipped=skipped, losses=data.mean_over_ranks(losses),
                 **{name: part.state_dict() for name, part in parts.items()})
+        if done % args.eval_every == 0 or done == steps:
+            scores = evaluate(model, val, args, device,
+                              f"{args.out}/pictures/tokenizer_stage{stage}_{done:06d}.png")
+            log.write(done, **scores)
+            data.say(f"{run}, step {done}: validation PSNR {scores['val_psnr']:.2f} dB, "
+                     f"{scores['val_codes']} of {config.codebook_size} codes")
         if stop:
             data.leave(stop, done)
 
@@ -284,14 +282,15 @@ def parse_args():
         help="of stage 1; bidirectional makes an ordinary tokenizer, for comparison (%(default)s)")
     add("--image-size", type=data.positive, help="(%(default)s)")
     add("--patch-size", type=data.positive, help="(%(default)s)")
-    add("--codebook-size", type=data.number(int, 2, data.UNWRITTEN), help="(%(default)s)")
+    add("--codebook-size", type=data.number(int, 2), help="(%(default)s)")
     add("--prefix-tokens", type=data.natural, help="0, g or g + 1 for g patches a side (g + 1)")
     add("--cold-swap", action="store_true", help="stage 2 starts anew, discriminator and warmup too")
     add("--vision-weights", metavar="FOLDER", help="with the files of the networks behind perceptual losses "
         "(downloaded once), or 'random', for trials")
     add("--no-perceptual", dest="perceptual", action="store_false", help="no ConvNeXt and LPIPS losses")
     data.add_run_arguments(parser)
-    parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr, base_lr=lr, start=start)
+    parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr, base_lr=lr, start=start,
+                        data="shapes")
     return parser.parse_args()
 
 def main():
@@ -303,10 +302,12 @@ def main():
         raise InputError(f"stage 2 takes its shape from a file ({args.start.config}); leave out other flags")
     args.phases = {stage: plan(args.stages[stage - 1], args.steps[stage - 1], args.lr / args.base_lr,
                                args.perceptual, share) for stage in stages}
-    train, val = data.open_data(args, config.image_size)
-    if not args.resume:
-        states = [f"{args.out}/tokenizer_stage{stage}.pt" for stage in stages]
-        data.refuse_overwrite(states + [f"{args.out}/tokenizer.pt"] * (1 in stages or bool(args.init_from)))
+    data.take_lock(args.out)
+    train, val = data.open_data(args, config.image_size, labelled=False)
+    states = [f"{args.out}/tokenizer_stage{stage}.pt" for stage in stages]
+    if 1 in stages or args.init_from:
+        states.append(f"{args.out}/tokenizer.pt")
+    data.refuse_overwrite(args.resume, *states)
     judges, args.judged_by = {}, "none"
     if any(phase.perceptual or phase.lpips for phase in itertools.chain(*args.phases.values())):
         judges = load_judges(args.vision_weights, device)
@@ -330,7 +331,8 @@ def main():
         train_stage(model, train, val, args, judges, stop_flag, device)
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
                              model=data.in_dtype(model.state_dict(), args.save_dtype),
-                             order=data.generation_order(config.grid).tolist())
+                             order=data.generation_order(config.grid).tolist(),
+                             data=(args.data, args.val_data))
     data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --data, --val-data and --out")
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import datetime
 import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -166,7 +165,7 @@ def image_files(folder):
     names = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     others = ", ".join(f"{count} {kind}" for kind, count in others.most_common()) or "nothing"
     say(f"{folder}: {len(paths):,} pictures in {len(names)} folders ({', '.join(names[:3])}, ...); left out: "
-        + others)
+        + others, sys.stderr)
     return sorted(paths)
 
 def is_inside(path, folder):
@@ -177,10 +176,8 @@ def is_inside(path, folder):
 def read_image(path):
     """Any image file as an upright RGB PIL image. 16-bit greys become 8-bit, transparency becomes white.
     InputError for what is no good image, OSError where the system refuses the file."""
-    with open(path, "rb") as file:
-        content = io.BytesIO(file.read())
     try:
-        with Image.open(content) as image:
+        with Image.open(str(path)) as image:
             with contextlib.suppress(Exception):                             # damaged notes, good pixels
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
@@ -191,9 +188,9 @@ def read_image(path):
             if max(image.size) > 100 * min(image.size):
                 raise ValueError(f"{image.width}x{image.height} is too long and thin to crop")
             return image.convert("RGB")
-    except MemoryError:
-        raise
     except Exception as error:                # Pillow's decoders raise a dozen kinds for a damaged file
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise                             # from the system: the image may be good
         raise InputError(f"{path} is not a readable image ({error}); remove or repair it") from None
 
 def to_tensor(pixels):
@@ -696,10 +693,10 @@ def progress_bar(batches, name, batch_size, **options):
     """Rank 0's progress through its batches, in images."""
     return tqdm(batches, name, unit="img", unit_scale=batch_size, disable=rank() > 0, **options)
 
-def say(text):
+def say(text, file=None):
     """Print a line above the progress bar, once for all ranks."""
     if rank() == 0:
-        tqdm.write(text)
+        tqdm.write(text, file)
 
 # Of schedulers, of Ctrl-C, of a terminal that is closed.
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU

@@ -177,16 +177,18 @@ def test_ten_crops(tmp_path):
     folder = write_images(tmp_path, ["cat"], 2)
     args = SimpleNamespace(data=str(folder), val_data=None, seed=0, skip_bad_images=False)
     train, val = data.open_data(args, 40, ten_crop=True)
-    wide, crops = data.centre_crop(data.read_image(train.paths[0]), 44), train.read_crops(0)   # 44 = 1.1 * 40
+    wide, crops = data.centre_crop(data.read_image(folder / train.paths[0]), 44), train.read_crops(0)[0]
     assert len(crops) == train.crops == 10 and train.paths[0] != val.paths[0]
-    assert torch.equal(val.read_crops(0)[1], val.read_crops(0)[0].flip(-1)) and val.crops == 2
-    for k, (top, left) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]):
+    mirrored, source = val.read_crops(0)
+    assert torch.equal(mirrored[1], mirrored[0].flip(-1)) and val.crops == 2 and source == 0
+    for k, (top, left) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]):           # of 44 = 1.1 * 40
         crop = wide[:, top:top + 40, left:left + 40]
         assert torch.equal(crops[k], crop) and torch.equal(crops[5 + k], crop.flip(-1))
 
 def test_an_epoch_sees_every_image_once():
-    keys = data.stream_keys("run", 7, 23, 0, 3 * 23)
-    assert len(set(keys)) == 3 * 23 and keys[50:60] == data.stream_keys("run", 7, 23, 50, 10)
+    args = SimpleNamespace(batch_size=10, accum=1, seed=7)
+    keys = list(itertools.chain(*itertools.islice(data.batch_keys("run", 23, args), 9)))
+    assert len(set(keys[:69])) == 69 and keys[50:60] == next(data.batch_keys("run", 23, args, 5))
     assert [index for _, index in keys[:23]] != [index for _, index in keys[23:46]]
 
 def test_token_cache_resumes(tmp_path):
@@ -194,7 +196,7 @@ def test_token_cache_resumes(tmp_path):
     whole = np.array(data.TokenCache(folder, shapes, model, CPU).tokens)
     assert np.array_equal(whole[:, 0], model.encode(pictures(range(100), 32, "train") / 255))
     tokens = np.load(folder / "tokens.npy", mmap_mode="r+", allow_pickle=False)
-    tokens[10:60], tokens[80, 0, 5:] = data.UNWRITTEN, data.UNWRITTEN        # as a kill leaves it
+    tokens[10:60] = tokens[80, 0, 5:] = 65535                                # as a kill leaves it
     tokens.flush()
     note = folder / "cache.json"
     note.write_text(note.read_text().replace("true", "false"))
@@ -350,7 +352,7 @@ def test_released_tokenizers_of_any_prefix_paint(prefix_tokens, released, tmp_pa
     assert strip is target or strip_target(images, one).equal(target) and strip.shape == target.shape
     words = f"--tokenizer {tmp_path}/2.pth --ar {released}/ar.bin --png {tmp_path}/x.png"
     must(sample, words, "--class 3 --n 2")
-    assert Image.open(tmp_path / "x.png").size == (68, 134)
+    assert Image.open(tmp_path / "x.png").size == (132, 262)                 # each of 64 pixels, doubled
 
 def test_full_size_presets_have_the_published_sizes():
     config = TokenizerConfig(decoder="bidirectional")
@@ -493,8 +495,9 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(module, traine
 
 def cells(path, columns, size=32):
     """The pictures of a grid, rows one after the other, (n, 3, size, size) in [0, 1]."""
-    rows = data.to_tensor(np.asarray(Image.open(path)))[:, 2:, 2:].unflatten(2, (columns, -1))
-    return rows.unflatten(1, (-1, size + 2))[:, :, :size, :, :size].permute(1, 3, 0, 2, 4).flatten(0, 1) / 255
+    rows, zoom = data.to_tensor(np.asarray(Image.open(path)))[:, 2:, 2:].unflatten(2, (columns, -1)), 128 // size
+    rows = rows.unflatten(1, (-1, size * zoom + 2))[:, :, :-2:zoom, :, :-2:zoom]
+    return rows.permute(1, 3, 0, 2, 4).flatten(0, 1) / 255
 
 def test_shipped_pair_paints_a_red_triangle(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)               # where there is no out/
@@ -691,10 +694,10 @@ def bad(tmp_path_factory, trained):
 FEW = {train_tokenizer: f"{SHAPE} --steps 50 1 --batch-size 4", sample: "", fid: "--inception random",
        train_ar: "--steps 5 --batch-size 8 --num-pictures 200 --width 64 --depth 2"}
 BAD = {train_tokenizer: {                     # {words: what the message has to name}
-    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/empty": "{bad}/empty", "--data {bad}/flat": "sub",
+    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/empty": "{bad}/empty", "--data {bad}/flat": "two",
     "--data {bad}/nothing": "nothing/cat", "--data {bad}/single": "single", "--data {bad}/broken": "7.jpg",
     "--data {bad}/zero --workers 2": "7.jpg", "--data {bad}/bomb": "7.png", "--data {bad}/thin": "thin",
-    "--data {bad}/broken --val-data {bad}/other": "other classes", "--val-data {bad}/other": "--val-data",
+    "--val-data {bad}/other": "--val-data",
     "--image-size 60": "multiple of", "--steps 0 5": "--steps", "--clip nan": "--clip", "--encoder x": "'x'",
     "--device {absent}": "{absent}", "--batch-size 9 --accum 2": "multiple", "--out {bad}/text.pt/x": "pt/x",
     "--recipe paper --no-perceptual --steps 2 9": "too few", "--lr 1e6 --steps 3 1": "not finite",
@@ -704,6 +707,7 @@ BAD = {train_tokenizer: {                     # {words: what the message has to 
     "--out {trained} --resume --steps 151 100 --batch-size 8": "stage 2", "--prefix-tokens 3": "found 3",
     "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150", "--init {bad}/cut.pt": "cut.pt"
 }, train_ar: {
+    "--tokenizer {tok} --data {bad}/truncated --val-data {bad}/other": "other classes",
     "": "no such checkpoint", "--tokenizer {bad}/other.pt --cache {trained}/tokens": "tokenizer",
     "--tokenizer {trained}/ar.pt": "kind 'tokenizer'", "--tokenizer {tok} --data {bad}/truncated": "7.jpg",
     **{f"--tokenizer {{bad}}/{name}.pt": f"{name}.pt" for name in ("text", "empty", "cut", "list")},
@@ -727,14 +731,15 @@ BAD = {train_tokenizer: {                     # {words: what the message has to 
 def test_bad_input(module, words, bad, trained, tmp_path):
     def files():
         paths = [path for folder in (bad, trained) for path in folder.rglob("*")]
-        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.stem != "lock"}
     names = dict(bad=bad, trained=trained, tok=f"{trained}/tokenizer.pt", out=tmp_path / "out",
                  absent="mps" if torch.cuda.is_available() else "cuda")
     before, out = files(), "" if module is fid or "--out" in words else f"--out {tmp_path}/out"
     code, _, err = command(module, FEW[module], out, words.format(**names))
     assert code == 2 and "error: " in err and "Traceback" not in err, err
     assert BAD[module][words].format(**names) in err and files() == before, err
-    assert {path.suffix for path in tmp_path.rglob("*") if "tokens" not in path.parts} <= {"", ".jsonl"}
+    written = {path.suffix for path in tmp_path.rglob("*") if "tokens" not in path.parts}
+    assert written <= {"", ".jsonl"} | ({".pt"} if "1e6" in words else set())      # that one diverges after a save
 
 def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
     words = f"--data {bad}/broken --out {tmp_path} --batch-size 8 --skip-bad-images --dtype bfloat16 --steps"
@@ -746,7 +751,7 @@ def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
     assert "1 (dog), 0 (cat)" in must(sample, f"--out {tmp_path} --class dog 0 --n 2")
     args = SimpleNamespace(data=f"{bad}/broken", val_data=None, seed=0, skip_bad_images=True)
     folder, _ = data.open_data(args, 32)
-    at = list(folder.paths).index(f"{bad}/broken/cat/7.jpg")
+    at = list(folder.paths).index("cat/7.jpg")
     assert folder.labels[at] == 0 and folder.read_crops(at)[0].float().mean((1, 2)).argmax() == 0    # a cat
 
 FAST = set(globals())     # ==== All tests below are slow: pipelines, kills, ranks, changes ===============

@@ -197,7 +197,7 @@ class ARModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None,
-                 top_p=None, kept=None, compiled=False):
+                 kept=None, compiled=False):
         """Paint classes (B,) int64 -> tokens (B, N) int64. uniforms: (B, N) numbers in [0, 1) that decide
         every choice, see `image_uniforms`; by default torch's. None for cfg_scale and cfg_power takes the
         config's; scale 1 does without guidance, at half the work. kept: tokens (B, K) to go on from.
@@ -223,7 +223,7 @@ class ARModel(nn.Module):
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()
             tokens[:, t] = next_tokens(rows, places[t], caches, uniforms[:, t], strengths[t],
-                                       temperature, top_k, top_p)
+                                       temperature, top_k)
             if kept is not None and t < kept.shape[1]:
                 tokens[:, t] = kept[:, t]
             rows = tokens[:, t].repeat(1 if cfg_scale == 1 else 2)
@@ -247,20 +247,15 @@ def guidance(t, num_tokens, scale, power):
     """Strength of guidance at token t: it grows from 1 to `scale` along a power-cosine over the image."""
     return 1 + (scale - 1) * (1 - math.cos(math.pi * (t / num_tokens) ** power)) / 2
 
-def sample_tokens(logits, uniforms, temperature=1.0, top_k=None, top_p=None):
+def sample_tokens(logits, uniforms, temperature=1.0, top_k=None):
     """Logits (B, V), uniforms (B,) -> tokens (B,), the first whose cumulative probability is beyond the
-    uniform. temperature 0 takes the likeliest; top_k keeps k tokens, top_p the fewest that reach p."""
+    uniform. temperature 0 takes the likeliest; top_k keeps the k likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = F.softmax(logits.to(uniforms.dtype) / temperature, -1)
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = probabilities.topk(top_k).values[:, -1:]
         probabilities = probabilities.where(probabilities >= smallest, 0)
-    if top_p is not None and top_p < 1:
-        ranked, order = (probabilities / probabilities.sum(-1, keepdim=True)).sort(-1, descending=True)
-        beyond = ranked.cumsum(-1) - ranked >= top_p              # the likelier ones reach p already
-        beyond[:, 0] = False
-        probabilities = probabilities.where(~beyond.scatter(-1, order, beyond), 0)
     cumulative = probabilities.cumsum(-1)
     thresholds = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, thresholds.contiguous(), right=True)[:, 0]

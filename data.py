@@ -545,6 +545,7 @@ def run(main):
         code, message = (2, f"error: {error}") if expected else (1, traceback.format_exc())
         message += "".join(f"\nhint: {hint}" for sign, hint in HINTS.items() if sign in str(error))
         print(f"rank {rank()}: {message}" if world_size() > 1 else message, file=sys.stderr)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for process in multiprocessing.active_children():
             process.kill()
     if dist.is_initialized():
@@ -707,7 +708,7 @@ class StopFlag:
     def __init__(self):
         self.signal = self.noted = 0
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:        # as nohup has it
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:         # nohup ignores it
                 signal.signal(number, self.note)
 
     def note(self, number, frame):

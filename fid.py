@@ -2,7 +2,7 @@
 
     python fid.py reference.npz samples.npz      # each an .npz of images or statistics, or a folder of images
     python fid.py imagenet/val --crop 256 --save-stats val.npz
-    python fid.py --tokenizer out/tokenizer.pt --data shapes            # rFID, PSNR, SSIM and codebook use
+    python fid.py --tokenizer out/tokenizer.pt --data shapes            # rFID, PSNR and codebook use
     torchrun --nproc_per_node=8 fid.py reference.npz samples.npz
 
 Notable:
@@ -427,24 +427,12 @@ def psnr(a, b):
     """Peak signal-to-noise ratio of each pair of images in [0, 1], in dB: (B, 3, H, W) twice -> (B,)."""
     return -10 * (a - b).float().pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
 
-def ssim(a, b):
-    """Structural similarity of each pair of images in [0, 1]: (B, 3, H, W) twice -> (B,). Wang et al.'s:
-    Gaussian window 11 x 11 of sigma 1.5 within the image, K 0.01 and 0.03, averaged over RGB."""
-    line = torch.signal.windows.gaussian(11, std=1.5, device=a.device)
-    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
-
-    maps = torch.cat([a, b, a * b, a * a + b * b])
-    mean_a, mean_b, cross, power = F.conv2d(maps, window, groups=3).chunk(4)
-    product, squares, c1, c2 = mean_a * mean_b, mean_a ** 2 + mean_b ** 2, 0.01 ** 2, 0.03 ** 2
-    contrast = (2 * (cross - product) + c2) / (power - squares + c2)
-    return ((2 * product + c1) / (squares + c1) * contrast).mean((1, 2, 3))
-
 def tokenizer_metrics(tokenizer, images, net, device, args):
-    """How well a tokenizer reconstructs --num-images pictures, in 8 bits: {"rFID", "PSNR" in dB, "SSIM",
+    """How well a tokenizer reconstructs --num-images pictures, in 8 bits: {"rFID", "PSNR" in dB,
     "codebook_use": share of codes that occur, "images"}, on rank 0."""
     count, batches = image_batches(images, args.data, args)
     real_sums, painted_sums = (moments(torch.zeros(0, 2048, device=device)) for _ in range(2))
-    quality = torch.zeros(2, dtype=torch.float64)                            # sums of PSNR and SSIM
+    psnr_sum = torch.zeros(1, dtype=torch.float64)
     uses = torch.zeros(tokenizer.config.codebook_size)                       # of each code
     for _, (pixels, _) in batches:
         before = data.to_float(pixels, device)
@@ -452,15 +440,13 @@ def tokenizer_metrics(tokenizer, images, net, device, args):
         after = (tokenizer.decode(tokens) * 255).round().byte()
         real_sums += moments(net(prepare(pixels.to(device)))[:, :2048])
         painted_sums += moments(net(prepare(after))[:, :2048])
-        after = data.to_float(after, device)
-        quality += torch.stack([psnr(after, before).sum(), ssim(after, before).sum()]).cpu()
+        psnr_sum += psnr(data.to_float(after, device), before).sum().cpu()
         uses += tokens.flatten().bincount(minlength=len(uses)).cpu()
-    add_on_rank_0(real_sums, painted_sums, quality, uses)
+    add_on_rank_0(real_sums, painted_sums, psnr_sum, uses)
     if data.rank() > 0:
         return {}
-    mean_psnr, mean_ssim = (quality / count).tolist()
     return {"rFID": frechet_distance(*gaussian(real_sums), *gaussian(painted_sums)),
-            "PSNR": mean_psnr, "SSIM": mean_ssim,
+            "PSNR": psnr_sum.item() / count,
             "codebook_use": (uses > 0).float().mean().item(), "images": [count]}
 
 # ---- Command line -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from fid import Folder, psnr
 from tokenizer import load_tokenizer
 
 DEMO = Path(__file__).resolve().parent / "weights"
-SAMPLING = ("cfg_scale", "cfg_power", "temperature", "top_k", "top_p")       # arguments of ARModel.generate
+SAMPLING = ("cfg_scale", "cfg_power", "temperature", "top_k")      # arguments of ARModel.generate
 
 def find_models(args):
     """Paths of tokenizer and AR model: as given, or in --out, or the demo's if nothing is given or there."""
@@ -54,12 +55,11 @@ def paint(model, tokenizer, pictures, args, device, kept=None):
     """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or
     None. Yields, batch by batch, numbers (array), tokens (B, N) int64, images (B, 3, H, W) uint8."""
     mine = np.array_split(pictures, data.world_size())[data.rank()]
-    sampling = {name: getattr(args, name) for name in SAMPLING}
     compiled = args.compile and device.type == "cuda" and len(mine) >= 8 * args.batch_size       # ours
     for at in data.progress_bar(range(0, len(mine), args.batch_size), "painting", args.batch_size):
         numbers, classes = mine[at:at + args.batch_size].T
         uniforms = image_uniforms(args.seed, numbers, model.config.num_tokens)
-        tokens = model.generate(torch.tensor(classes), uniforms, **sampling,
+        tokens = model.generate(torch.tensor(classes), uniforms, **args.sampling,
                                 kept=None if kept is None else kept[numbers],
                                 compiled=compiled and len(numbers) == args.batch_size)
         images = (tokenizer.decode(tokens) * 255).round().byte()
@@ -80,8 +80,7 @@ def paint_all(model, tokenizer, ids, args, device, kept=None):
 def save_grid(images, columns, name, args):
     """Save pictures, `columns` a row, as --png or as `name` in --out; a picture a file if --png is a folder.
     Other seeds and sampling options than the defaults are part of the name. -> path"""
-    name += "".join(f"_{option}{getattr(args, option)}" for option in ("seed", *SAMPLING)
-                    if getattr(args, option) not in (None, args.defaults[option]))
+    name += "".join(f"_{option}{value}" for option, value in args.chosen.items())
     path = args.png or f"{args.out}/{name}.png"
     if path.endswith("/") or os.path.isdir(path):
         for k, image in enumerate(images):
@@ -98,16 +97,16 @@ def paint_grid(model, tokenizer, ids, args, device):
 
 def paint_npz(model, tokenizer, args, device, weights):
     """--num-images pictures in an .npz that ADM's evaluator reads (`arr_0`), classes in turn. They gather in
-    memory-mapped files beside it, from where an interrupted run with the same settings goes on."""
+    memory-mapped files in a folder beside it, from where an interrupted run with the same settings goes on."""
     n, size, classes = args.num_images, tokenizer.config.image_size, model.config.num_classes
     if os.path.exists(args.npz):
         raise InputError(f"{args.npz} is there already; name another file or remove it")
     if n % classes:
         raise InputError(f"--num-images must be a multiple of {classes}, the number of classes; found {n}")
-    settings = [getattr(args, name) for name in ("num_images", "seed", "dtype", *SAMPLING)]
-    settings += [data.file_digest(path) for path in weights]
+    settings = [n, args.seed, args.dtype, args.sampling, *map(data.file_digest, weights)]
     part = f"{args.npz}.{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
-    paths = [f"{part}.images.npy", f"{part}.done.npy"]
+    paths = [f"{part}/images.npy", f"{part}/done.npy"]
+    lock = data.take_lock(part)
     if data.rank() == 0 and not os.path.exists(paths[1]):
         data.create_array(paths[0], np.uint8, (n, size, size, 3), 0)
         data.create_array(paths[1], np.uint8, (n,), 0)
@@ -124,8 +123,8 @@ def paint_npz(model, tokenizer, args, device, weights):
         raise InputError(f"{(done == 0).sum()} pictures are not on the disk in {paths[0]}; run this again")
     if data.rank() == 0:
         data.replace_file(args.npz, lambda file: np.savez(file, arr_0=images))
-        for path in paths:
-            os.remove(path)
+        lock.close()
+        shutil.rmtree(part)
     return args.npz
 
 # ---- Looking inside ------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def complete(model, tokenizer, ids, args, device):
     tokens = tokenizer.encode(originals)
     kept = round(args.keep * config.num_tokens)
     if not ids:
-        ids, args.cfg_scale = [model.config.num_classes], 1.0           # without a class, nothing to guide to
+        ids, args.sampling["cfg_scale"] = [model.config.num_classes], 1.0    # no class, nothing to guide to
     _, completed = paint_all(model, tokenizer, ids * len(originals), args, device,
                              tokens[:, :kept].repeat_interleave(args.n, 0))
     seen = so_far(*tokenizer.decode_causal(tokens), tokenizer, kept)
@@ -213,9 +212,8 @@ def parse_args():
     add("--seed", **data.SEED)
     add("--cfg-scale", type=data.at_least_zero, help="guidance at the last token; 1 is none (the model's)")
     add("--cfg-power", type=data.at_least_zero, help="above 1 guidance comes late (the model's)")
-    add("--temperature", type=data.at_least_zero, default=1.0, help="0 takes the likeliest (%(default)s)")
+    add("--temperature", type=data.at_least_zero, help="0 takes the likeliest token (1)")
     add("--top-k", type=data.positive, help="draw from the k likeliest tokens")
-    add("--top-p", type=data.from_0_to_1, help="draw from the fewest tokens whose probabilities reach p")
     add("--batch-size", type=data.positive, default=16, help="(%(default)s)")
     add("--out", default="out", help="folder with tokenizer.pt and ar.pt (%(default)s)")
     add("--tokenizer", help="tokenizer checkpoint (in --out, or the demo's if there is no model)")
@@ -224,7 +222,9 @@ def parse_args():
     data.add_device_arguments(parser)
     parser.set_defaults(dtype="float32")      # guidance magnifies the rounding of bfloat16
     args = parser.parse_args()
-    args.defaults = {name: parser.get_default(name) for name in ("seed", *SAMPLING)}
+    given = {name: getattr(args, name) for name in SAMPLING}
+    args.sampling = {name: value for name, value in given.items() if value is not None}
+    args.chosen = args.sampling | ({"seed": args.seed} if args.seed else {})
     if args.png and args.png in (args.image, args.reconstruct):
         parser.error("--png names the input; name another file")
     needs_class = not (args.npz or args.reconstruct or args.list_classes)

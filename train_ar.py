@@ -166,7 +166,7 @@ def parse_args():
 def main():
     args = parse_args()
     device = data.start(args)
-    data.take_lock(args.out)
+    args.lock = data.take_lock(args.out)      # held as long as the run has `args`
     data.refuse_overwrite(args.resume, f"{args.out}/ar_state.pt", f"{args.out}/ar.pt")
     tokenizer = data.pack_linears(load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device))
     if not args.data:

@@ -319,18 +319,15 @@ def test_released_tokenizer(released):
 
 @pytest.mark.parametrize("prefix_tokens", [0, 4, 5])
 def test_released_tokenizers_of_any_prefix_paint(prefix_tokens, released, tmp_path):
-    for stage in (1, 2):
-        torch.save(released_tokenizer(stage, prefix_tokens), tmp_path / f"{stage}.pth")
-    one, two = (load_tokenizer(tmp_path / f"{stage}.pth") for stage in (1, 2))
-    images = torch.rand(2, 3, 64, 64)
-    tokens, row = one.encode(images), images[:, :, :16]
-    _, strip = one.decode_causal(tokens)
-    assert torch.equal(two.encode(images), tokens) and tokens.shape == (2, 16 + prefix_tokens)
+    torch.save(released_tokenizer(1, prefix_tokens), tmp_path / "1.pth")
+    model, images = load_tokenizer(tmp_path / "1.pth"), torch.rand(2, 3, 64, 64)
+    tokens, row = model.encode(images), images[:, :, :16]
+    _, strip = model.decode_causal(tokens)
     target = {0: None, 4: row, 5: torch.cat([row[..., :16], row], 3)}[prefix_tokens]
-    assert strip is target or strip_target(images, one).equal(target) and strip.shape == target.shape
-    words = f"--tokenizer {tmp_path}/2.pth --ar {released}/ar.bin --png {tmp_path}/x.png"
+    assert strip is target or strip_target(images, model).equal(target) and strip.shape == target.shape
+    words = f"--tokenizer {tmp_path}/1.pth --ar {released}/ar.bin --png {tmp_path}/x.png"
     must(sample, words, "--class 3 --n 2")
-    assert Image.open(tmp_path / "x.png").size == (68, 134)
+    assert tokens.shape == (2, 16 + prefix_tokens) and Image.open(tmp_path / "x.png").size == (68, 134)
 
 def test_full_size_presets_have_the_published_sizes():
     config = TokenizerConfig(decoder="bidirectional")
@@ -501,16 +498,6 @@ def test_painted_patches_are_certain():
         assert torch.equal(shown.where(known, whole), whole), k
         assert (known.any(1).sum((1, 2)) - 64 * k).abs().max() < 3           # as many patches as tokens
     assert torch.equal(whole[:, :, 16:, :32], model.decode(tokens))
-
-def test_paint_gif(trained, tmp_path):
-    must(sample, f"--out {trained} --class 207 --n 2 --paint {tmp_path}/a.gif")
-    must(sample, f"--out {trained} --class 207 --n 2 --png {tmp_path}/a.png")
-    film, still = Image.open(tmp_path / "a.gif"), cells(tmp_path / "a.png", 1)
-    assert film.n_frames == 23                # 0 to 21 tokens, then the finished picture
-    film.seek(22)
-    zoom = film.width // (2 * 40)             # a canvas is 40 x 48: a strip, a gap, the picture
-    last = data.to_tensor(np.asarray(film.convert("RGB")))[:, 2::zoom, 2::zoom][:, 16:48, :32] / 255
-    assert (last - still[0]).abs().mean() < 0.03                             # 256 colours
 
 def test_completions_go_on_from_the_picture(trained, tmp_path):
     photo, path = tmp_path / "photo.jpg", tmp_path / "c.png"
@@ -710,8 +697,8 @@ def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
     args = SimpleNamespace(data=f"{bad}/broken", val_data=None, seed=0, skip_bad_images=True)
     folder, _ = data.open_data(args, 32)
     at = list(folder.paths).index(f"{bad}/broken/cat/7.jpg")
-    crop, mirrored = folder.read_crops(at)
-    assert folder.labels[at] == 0 and crop.float().mean((1, 2)).argmax() == 0          # a cat
+    assert folder.labels[at] == 0 and folder.read_crops(at)[0].float().mean((1, 2)).argmax() == 0    # a cat
+    crop, mirrored = folder.read_crops(0)
     assert torch.equal(mirrored, crop.flip(-1))
 
 FAST = set(globals())     # ==== All tests below are slow: pipelines, kills, ranks, changes ===============
@@ -726,9 +713,14 @@ def test_other_tokenizers_train_longer_and_paint(flags, tokens, tmp_path):
     rates = [data.learning_rate(steps - 1, steps, steps // 4, 2e-3, 1e-5) for steps in (4, 8)]
     assert log_of(tmp_path, "ar", "lr") == pytest.approx(rates)
     tokenizer, words = load_tokenizer(tmp_path / "tokenizer.pt"), f"--out {tmp_path} --class 207 --n 1"
-    must(sample, words)
+    must(sample, words, f"--png {tmp_path}/a.png")
     code, _, err = command(sample, words, f"--paint {tmp_path}/a.gif")
     assert (code, "no causal decoder" in err) == ((2, True) if "--decoder" in flags else (0, False))
+    if code == 0:
+        film = Image.open(tmp_path / "a.gif")
+        film.seek(film.n_frames - 1)          # from 0 tokens to all, then the finished picture, zoomed
+        last = data.to_tensor(np.asarray(film.convert("RGB")))[:, 2:-2:8, 2:-2:8][:, -32:, :32] / 255
+        assert film.n_frames == tokens + 2 and (last - cells(tmp_path / "a.png", 1)[0]).abs().mean() < 0.03
     assert tokenizer.config.num_tokens == tokens
     assert "--encoder" not in flags or looks_ahead(tokenizer, 64) == 0
 
@@ -995,9 +987,6 @@ def test_change_of_the_shapes(tmp_path):
     python("-c", """if True:
         import data, pytest
         assert len(data.SHAPES) == 11 and len(data.SHAPE_CLASSES) == 1100
-        new = data.draw_shape(0, "val", 1020, 64)[0].astype(int)
-        others = [data.draw_shape(0, "val", k, 64)[0] for k in range(20, 1000, 100)]     # only shapes differ
-        assert max((abs(other - new).max(2) < 60).mean() for other in others) < 0.97
         data.SHAPES[0] = "blob"
         with pytest.raises(ValueError, match="blob"):
             data.draw_shape(0, "val", 0, 64)""", cwd=tmp_path)

@@ -24,9 +24,7 @@ from torch._inductor.utils import run_and_get_code
 
 import ar_model, data, fid, sample, train_ar, train_tokenizer
 from ar_model import ARConfig, ARModel, guidance, image_uniforms, load_ar, sample_tokens
-from data import InputError
-from tokenizer import (RELEASED_NAMES, Tokenizer, TokenizerConfig, causal_encoder_mask, load_tokenizer,
-                       strip_target)
+from tokenizer import RELEASED_NAMES, Tokenizer, TokenizerConfig, load_tokenizer, strip_target
 
 HERE, CPU = Path(__file__).resolve().parent, torch.device("cpu")
 BITS = 1.6 / 255                              # two roundings to 8 bits apart
@@ -187,7 +185,6 @@ def test_token_cache_resumes(tmp_path):
     assert np.array_equal(whole[:, 0], model.encode(pictures(range(100), 32, "train") / 255))
     tokens = np.load(folder / "tokens.npy", mmap_mode="r+", allow_pickle=False)
     tokens[10:60], tokens[80, 0, 5:] = data.UNWRITTEN, data.UNWRITTEN        # as a kill leaves it
-    tokens.flush()
     note = folder / "cache.json"
     note.write_text(note.read_text().replace("true", "false"))
     assert (np.array(data.TokenCache(folder, shapes, model, CPU, batch_size=7).tokens) == whole).all()
@@ -460,9 +457,8 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(module, traine
     first, *others = [load(path) for path in sorted((tmp_path / "saves").iterdir())]
     assert code == 2 and "10 steps in a row" in err and "Traceback" not in err, err
     assert [state["skipped"] for state in (first, *others)] == list(range(10)) and first["step"] == 1
-    for state in others:
-        moved = {place[0] for place in differing(first, state)}
-        assert not moved & {"model", "optimizer", "discriminator", "disc_optimizer"}, moved
+    moved = {place[0] for state in others for place in differing(first, state)}
+    assert not moved & {"model", "optimizer", "discriminator", "disc_optimizer"}, moved
 
 # ---- sample.py -----------------------------------------------------------------------------------
 
@@ -698,8 +694,8 @@ def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
     folder, _ = data.open_data(args, 32)
     at = list(folder.paths).index(f"{bad}/broken/cat/7.jpg")
     assert folder.labels[at] == 0 and folder.read_crops(at)[0].float().mean((1, 2)).argmax() == 0    # a cat
-    crop, mirrored = folder.read_crops(0)
-    assert torch.equal(mirrored, crop.flip(-1))
+    centre = data.centre_crop(data.read_image(folder.paths[0]), 32)
+    assert torch.equal(folder.read_crops(0), torch.stack([centre, centre.flip(-1)]))
 
 FAST = set(globals())     # ==== All tests below are slow: pipelines, kills, ranks, changes ===============
 
@@ -732,8 +728,7 @@ def test_compiled_generation_equals_the_plain_one_and_copies_no_cache():
     result, codes = run_and_get_code(model.generate, classes, uniforms, compiled=True, **options)
     shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "".join(codes))       # of all that it allocates
     sizes = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
-    keys = model.caches_for(6)[0][0]
-    assert torch.equal(result, plain) and 0 < max(sizes) < keys.numel(), sizes
+    assert torch.equal(result, plain) and 0 < max(sizes) < model.caches_for(6)[0][0].numel(), sizes
 
 @pytest.mark.parametrize("compiler", ["/nowhere", pytest.param("g++", marks=needs_compiler)])
 def test_training_without_glibc_with_and_without_a_compiler(compiler, tmp_path, monkeypatch):
@@ -789,8 +784,7 @@ def test_losses_reach_tokenizer_and_discriminator_in_turns(paper):
             expected = {"optimizer"} | learning
             if step == 4:                     # stage 1 goes on reviving codes
                 expected = {"discriminator", "disc_optimizer"} | learning & {"quantizer"}
-            parts = {"optimizer", "discriminator", "disc_optimizer", "encoder", "quantizer", "decoder"}
-            assert moved & parts == expected, (stage, step)
+            assert moved == expected | {"step", "losses"}, (stage, step)
         own = {"strip", "quantizer", "mse", "loss"} if stage == 1 else {"mse", "loss"}
         terms = {1: {"perceptual", "lpips"} | own, 2: {"perceptual"} | own, 5: {"discriminator"},
                  6: {"discriminator", "gan", "perceptual"} | own}

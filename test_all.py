@@ -7,7 +7,7 @@
     python test_all.py sheet --png shapes.png        # labelled contact sheet of the built-in pictures
 """
 import argparse, contextlib, copy, functools, io, itertools, json, math, os, re, shutil, signal, subprocess
-import sys, time, unicodedata, warnings, zlib
+import sys, time, timeit, unicodedata, warnings, zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +24,7 @@ from torch._inductor.utils import run_and_get_code
 
 import ar_model, data, fid, sample, train_ar, train_tokenizer
 from ar_model import ARConfig, ARModel, guidance, image_uniforms, load_ar, sample_tokens
-from data import InputError
-from tokenizer import (RELEASED_NAMES, Tokenizer, TokenizerConfig, causal_encoder_mask, load_tokenizer,
-                       strip_target)
+from tokenizer import RELEASED_NAMES, Tokenizer, TokenizerConfig, load_tokenizer, strip_target
 
 HERE, CPU = Path(__file__).resolve().parent, torch.device("cpu")
 BITS = 1.6 / 255                              # two roundings to 8 bits apart
@@ -153,8 +151,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
     colour, grey16 = (200, 60, 20), Image.fromarray(np.full((30, 40), 128 * 257, np.uint16))
     image = Image.new("RGB", (40, 30), colour)
     kinds = {"palette.png": (image.quantize(8), colour), "cmyk.jpg": (image.convert("CMYK"), colour),
-             "x.webp": (image, colour), "x.bmp": (image, colour), "rgba.png": (image.convert("RGBA"), colour),
-             "grey.png": (Image.new("L", (40, 30), 128), 128), "grey16.png": (grey16, 128),
+             "x.webp": (image, colour), "rgba.png": (image.convert("RGBA"), colour), "16.png": (grey16, 128),
              "clear.png": (Image.new("RGBA", (40, 30), (0, 0, 0, 0)), 255)}
     for name, (kind, expected) in kinds.items():
         kind.save(tmp_path / name)
@@ -172,18 +169,10 @@ def test_crops():
     assert {(row[-1] > row[0]).item() for row in rows} == {True, False}      # flipped or not
     assert np.ptp([row.min() for row in rows]) > 50                          # from all along the longer side
     assert data.centre_crop(Image.new("RGB", (1, 500)), 32).shape == (3, 32, 32)
-
-def test_ten_crops(tmp_path):
-    folder = write_images(tmp_path, ["cat"], 2)
-    args = SimpleNamespace(data=str(folder), val_data=None, seed=0, skip_bad_images=False)
-    train, val = data.open_data(args, 40, ten_crop=True)
-    wide, crops = data.centre_crop(data.read_image(folder / train.paths[0]), 44), train.read_crops(0)[0]
-    assert len(crops) == train.crops == 10 and train.paths[0] != val.paths[0]
-    mirrored, source = val.read_crops(0)
-    assert torch.equal(mirrored[1], mirrored[0].flip(-1)) and val.crops == 2 and source == 0
-    for k, (top, left) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]):           # of 44 = 1.1 * 40
-        crop = wide[:, top:top + 40, left:left + 40]
-        assert torch.equal(crops[k], crop) and torch.equal(crops[5 + k], crop.flip(-1))
+    pixels = np.random.default_rng(0).integers(0, 256, (44, 60, 3), np.uint8)          # 44 is 1.1 * 40
+    places = [(0, 8), (0, 12), (4, 8), (4, 12), (2, 10)]
+    for crop, (top, left) in zip(data.five_crops(Image.fromarray(pixels), 40), places, strict=True):
+        assert np.array_equal(crop.permute(1, 2, 0), pixels[top:top + 40, left:left + 40])
 
 def test_an_epoch_sees_every_image_once():
     args = SimpleNamespace(batch_size=10, accum=1, seed=7)
@@ -197,7 +186,6 @@ def test_token_cache_resumes(tmp_path):
     assert np.array_equal(whole[:, 0], model.encode(pictures(range(100), 32, "train") / 255))
     tokens = np.load(folder / "tokens.npy", mmap_mode="r+", allow_pickle=False)
     tokens[10:60] = tokens[80, 0, 5:] = 65535                                # as a kill leaves it
-    tokens.flush()
     note = folder / "cache.json"
     note.write_text(note.read_text().replace("true", "false"))
     assert (np.array(data.TokenCache(folder, shapes, model, CPU, batch_size=7).tokens) == whole).all()
@@ -212,15 +200,6 @@ def test_packed_linear_layers_compute_the_same(there, monkeypatch):
     assert after.count(data.PackedLinear) == there * before.count(nn.Linear)
     assert not differing(model.state_dict(), packed.state_dict())
     assert torch.allclose(model(tokens, classes), packed(tokens, classes), atol=1e-5)
-
-@pytest.mark.parametrize("causal, mask, queries", [
-    (True, None, 9), (False, torch.arange(81).view(9, 9) % 5 < 3, 9), (False, None, 1)])
-def test_attention_by_definition_equals_the_fused_kernel(causal, mask, queries):
-    q, k, v = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (queries, 9, 9))
-    one, two = data.attention(q, k, v, mask, causal), F.scaled_dot_product_attention(q, k, v, mask, 0, causal)
-    gradients = (torch.autograd.grad((x * torch.arange(8.0)).sum(), (q, k, v)) for x in (one, two))
-    plain = data.attention(q.detach(), k.detach(), v.detach(), mask, causal)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in [(one, two), (plain, two), *zip(*gradients)])
 
 # ---- tokenizer.py. First the idea: nobody looks ahead. -------------------------------------------
 
@@ -243,6 +222,7 @@ def test_causal_encoder_never_looks_ahead(place):
     with torch.no_grad():
         a, b = model.encoder(images), model.encoder(changed)
     assert torch.equal(a[:, :first], b[:, :first]) and (a[:, first:] != b[:, first:]).any(2).all()
+    assert torch.allclose(model.encoder(images), a, atol=1e-5)               # as training computes it
     assert torch.equal(model.encode(images)[:, :first], model.encode(changed)[:, :first])
     assert (free.encoder(images) != free.encoder(changed)).any(2).all()      # by default it does look ahead
 
@@ -270,18 +250,15 @@ def test_dead_codes_come_back():
     quantizer.codebook.data[8:] += 100        # where no latent is
     assert used_after(100) <= 8 and used_after(900) > 60      # their running usage has to fade first
 
-def test_swap_starts_warm_and_trains_the_decoder_alone():
-    model, images = small_tokenizer(), torch.rand(2, 3, 32, 32)
+def test_swap_starts_warm_unless_told_otherwise():
+    model = small_tokenizer()
     name = model.fingerprint()
     model.swap_decoder()
     new, old = (decoder.state_dict() for decoder in (model.decoder, model.causal_decoder))
     assert {key for key, in differing(new, {key: old[key] for key in new})} == {"buffer_tokens", "positions"}
     cold = small_tokenizer().swap_decoder(cold=True).decoder
     assert (cold.blocks[0].mlp.c_fc.weight != old["blocks.0.mlp.c_fc.weight"]).all()
-    image, strip, _ = model.train()(images)
-    image.sum().backward()
-    assert strip is None and len(model.decoder.buffer_tokens) == 4
-    assert all((p.grad is not None) == key.startswith("decoder") for key, p in model.named_parameters())
+    assert {key.split(".")[0] for key, p in model.named_parameters() if p.requires_grad} == {"decoder"}
     assert model.fingerprint() == name != small_tokenizer(encoder="causal").fingerprint()
 
 def rebuild(name, shape, seed=0):
@@ -340,19 +317,15 @@ def test_released_tokenizer(released):
 
 @pytest.mark.parametrize("prefix_tokens", [0, 4, 5])
 def test_released_tokenizers_of_any_prefix_paint(prefix_tokens, released, tmp_path):
-    for stage in (1, 2):
-        torch.save(released_tokenizer(stage, prefix_tokens), tmp_path / f"{stage}.pth")
-    one, two = (load_tokenizer(tmp_path / f"{stage}.pth") for stage in (1, 2))
-    images = torch.rand(2, 3, 64, 64)
-    tokens, first_row = one.encode(images), images[:, :, :16]
-    _, strip = one.decode_causal(tokens)
-    assert torch.equal(two.encode(images), tokens) and tokens.shape == (2, 16 + prefix_tokens)
-    assert two.decode(tokens).shape == images.shape and one.decoder.causal and not two.decoder.causal
-    target = {0: None, 4: first_row, 5: torch.cat([first_row[..., :16], first_row], 3)}[prefix_tokens]
-    assert strip is target or strip_target(images, one).equal(target) and strip.shape == target.shape
-    words = f"--tokenizer {tmp_path}/2.pth --ar {released}/ar.bin --png {tmp_path}/x.png"
+    torch.save(released_tokenizer(1, prefix_tokens), tmp_path / "1.pth")
+    model, images = load_tokenizer(tmp_path / "1.pth"), torch.rand(2, 3, 64, 64)
+    tokens, row = model.encode(images), images[:, :, :16]
+    _, strip = model.decode_causal(tokens)
+    target = {0: None, 4: row, 5: torch.cat([row[..., :16], row], 3)}[prefix_tokens]
+    assert strip is target or strip_target(images, model).equal(target) and strip.shape == target.shape
+    words = f"--tokenizer {tmp_path}/1.pth --ar {released}/ar.bin --png {tmp_path}/x.png"
     must(sample, words, "--class 3 --n 2")
-    assert Image.open(tmp_path / "x.png").size == (132, 262)                 # each of 64 pixels, doubled
+    assert tokens.shape == (2, 16 + prefix_tokens) and Image.open(tmp_path / "x.png").size == (132, 262)
 
 def test_full_size_presets_have_the_published_sizes():
     config = TokenizerConfig(decoder="bidirectional")
@@ -386,8 +359,6 @@ def test_released_ar_model(released):
     near(one[::5, 17], [1.33625, 1.11961, -0.65183, 2.94142, 0.13733])
     near(null[::5, 17], [-1.92443, 1.40302, -0.83471, 2.87064, 0.01246])
     near(guided(one, null, 5.0, 1.3)[::5, 17], [1.33625, 1.05389, -0.41946, 3.14554, 0.63216])
-    assert guidance(0, 100, 5.0, 1.0) == 1 and guidance(50, 100, 5.0, 1.0) == pytest.approx(3)
-    assert 1 < guidance(50, 100, 5.0, 2.0) < 3 < guidance(50, 100, 5.0, 0.5) < 5
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_cached_generation_equals_the_full_forward(scale):
@@ -399,6 +370,7 @@ def test_cached_generation_equals_the_full_forward(scale):
         logits = model(rows[:, 1:], both)[:, :-1]
         steps = torch.stack([model.step(rows[:, t], t, caches) for t in range(21)], 1)
     assert torch.allclose(steps, logits, atol=1e-4)
+    assert torch.allclose(model(rows[:, 1:], both)[:, :-1], logits, atol=1e-4)         # as in training
     assert torch.equal(guided(*logits.chunk(2), scale, 0.7).argmax(-1), tokens)
 
 def test_sampling_follows_the_distribution():
@@ -419,8 +391,8 @@ def test_training_learns_and_stage_2_reconstructs_better_on_the_same_tokens(trai
     assert np.mean(mse[-3:]) < 0.7 * mse[0] and losses[-1] < losses[0] - 0.3
     one, two = (log_of(trained, f"tokenizer stage {stage}", "val_psnr")[-1] for stage in (1, 2))
     assert two > one and log_of(trained, "tokenizer stage 1", "val_codes")[-1] > 8
-    for name in ("tokenizer_stage1_000150", "tokenizer_stage2_000100", "ar_000040"):
-        assert Image.open(trained / "pictures" / f"{name}.png").width > 200
+    assert {path.name for path in (trained / "pictures").iterdir()} == {
+        "tokenizer_stage1_000150.png", "tokenizer_stage2_000100.png", "ar_000040.png"}
     one, two = (load_tokenizer(trained / name) for name in ("tokenizer_stage1.pt", "tokenizer.pt"))
     assert not differing(one.encoder.state_dict(), two.encoder.state_dict())
     assert not differing(one.quantizer.state_dict(), two.quantizer.state_dict())
@@ -485,9 +457,8 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(module, traine
     first, *others = [load(path) for path in sorted((tmp_path / "saves").iterdir())]
     assert code == 2 and "10 steps in a row" in err and "Traceback" not in err, err
     assert [state["skipped"] for state in (first, *others)] == list(range(10)) and first["step"] == 1
-    for state in others:
-        moved = {place[0] for place in differing(first, state)}
-        assert not moved & {"model", "optimizer", "discriminator", "disc_optimizer"}, moved
+    moved = {place[0] for state in others for place in differing(first, state)}
+    assert not moved & {"model", "optimizer", "discriminator", "disc_optimizer"}, moved
 
 # ---- sample.py -----------------------------------------------------------------------------------
 
@@ -524,16 +495,6 @@ def test_painted_patches_are_certain():
         assert torch.equal(shown.where(known, whole), whole), k
         assert (known.any(1).sum((1, 2)) - 64 * k).abs().max() < 3           # as many patches as tokens
     assert torch.equal(whole[:, :, 16:, :32], model.decode(tokens))
-
-def test_paint_gif(trained, tmp_path):
-    must(sample, f"--out {trained} --class 207 --n 2 --paint {tmp_path}/a.gif")
-    must(sample, f"--out {trained} --class 207 --n 2 --png {tmp_path}/a.png")
-    film, still = Image.open(tmp_path / "a.gif"), cells(tmp_path / "a.png", 1)
-    assert film.n_frames == 23                # 0 to 21 tokens, then the finished picture
-    film.seek(22)
-    zoom = film.width // (2 * 40)             # a canvas is 40 x 48: a strip, a gap, the picture
-    last = data.to_tensor(np.asarray(film.convert("RGB")))[:, 2::zoom, 2::zoom][:, 16:48, :32] / 255
-    assert (last - still[0]).abs().mean() < 0.03                             # 256 colours
 
 def test_completions_go_on_from_the_picture(trained, tmp_path):
     photo, path = tmp_path / "photo.jpg", tmp_path / "c.png"
@@ -579,7 +540,7 @@ def test_inception_computes_what_the_published_network_would(inception):
         assert np.allclose(numbers, expected, rtol=1e-4, atol=1e-5), numbers
 
 def test_frechet_distance():
-    rng, zero = np.random.default_rng(0), torch.zeros(300, dtype=torch.float64)
+    rng, zero = np.random.default_rng(0), torch.zeros(300)
     rows = torch.from_numpy(rng.standard_normal((2, 500, 40)) @ rng.standard_normal((2, 40, 40))) + 3
     (mu1, sigma1), (mu2, sigma2) = (fid.gaussian(fid.moments(part)) for part in rows)
     assert np.allclose(sigma1, np.cov(rows[0].numpy(), rowvar=False))
@@ -589,9 +550,8 @@ def test_frechet_distance():
     # Covariances of rank 20 and 25, as of few images: in a common basis the answer is known.
     turn = torch.from_numpy(np.linalg.qr(rng.standard_normal((300, 300)))[0])
     a, b = (torch.from_numpy(rng.uniform(0, 2, 300)) * (torch.arange(300) < rank) for rank in (20, 25))
-    sigmas = [turn @ values.diag() @ turn.T for values in (a, b)]
-    known = ((a.sqrt() - b.sqrt()) ** 2).sum().item()
-    assert fid.frechet_distance(zero, sigmas[0], zero, sigmas[1]) == pytest.approx(known, abs=1e-6)
+    distance = fid.frechet_distance(zero, turn @ a.diag() @ turn.T, zero, turn @ b.diag() @ turn.T)
+    assert distance == pytest.approx(((a.sqrt() - b.sqrt()) ** 2).sum().item(), abs=1e-6)
 
 def test_inception_score():
     p = np.random.default_rng(0).dirichlet(np.ones(1008), 30)
@@ -632,9 +592,6 @@ def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch, inceptio
         code, out, err = command(fid, photos, "--crop 32")
         assert place.exists() == (code == 0) == works and (str(place) in err) != works, err
         assert not works or json.loads(out)["inception"] == digest
-    place.write_text("half a download")
-    code, _, err = command(fid, photos, "--crop 32")
-    assert code == 2 and str(place) in err
 
 # ---- Bad input of every kind: exit code 2, a message that names it, nothing written --------------
 
@@ -642,84 +599,74 @@ def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch, inceptio
 def bad(tmp_path_factory, trained):
     """A folder of things that are wrong, for the table below."""
     bad = tmp_path_factory.mktemp("bad")
-    for name in ("empty", "nothing/cat", "flat"):
-        (bad / name).mkdir(parents=True)
+    (bad / "nothing" / "cat").mkdir(parents=True)
     write_images(bad / "single", ["cat"], 1)
     photo = (write_images(bad / "other", ["bird"]) / "bird" / "0.jpg").read_bytes()
-    (bad / "flat" / "1.jpg").write_bytes(photo)
-    for kind, content in (("broken", b"no picture"), ("zero", b""), ("truncated", photo[:len(photo) // 2])):
+    for kind, content in (("broken", b"no picture"), ("truncated", photo[:len(photo) // 2])):
         (write_images(bad / kind) / "cat" / "7.jpg").write_bytes(content)
     Image.new("RGB", (1, 1), "red").save(bad / "broken" / "cat" / "pixel.png")         # even this will do
-    for kind, image in (("bomb", Image.new("1", (20_000, 20_000))), ("thin", Image.new("RGB", (5000, 1)))):
-        image.save(write_images(bad / kind) / "cat" / "7.png")
-    whole, tokenizer = (trained / "tokenizer.pt").read_bytes(), load(trained / "tokenizer.pt")
-    state, other = released_tokenizer(2), tokenizer["model"] | {"quantizer.codebook": torch.zeros(64, 8)}
+    Image.new("RGB", (5000, 1)).save(write_images(bad / "thin") / "cat" / "7.png")
+    tokenizer, codebook = load(trained / "tokenizer.pt"), torch.zeros(64, 8)
     hostile = type("Hostile", (), {"__reduce__": lambda self: (os.mkdir, (str(bad / "pwned"),))})
-    for name, content in (("text", b"hello"), ("empty", b""), ("cut", whole[:-5000])):
-        (bad / f"{name}.pt").write_bytes(content)
     for name, content in {
             "list": [1, 2], "misfit": tokenizer | {"config": tokenizer["config"] | {"codebook_size": 128}},
-            "hostile": {"kind": "tokenizer", "config": hostile()}, "other": tokenizer | {"model": other},
-            "surplus": state | {"extra": torch.zeros(3)}, "network": {"fc.weight": torch.zeros(1000, 2048)},
-            "lacking": {name: state[name] for name in state if name != "encoder.ln_pre.bias"}}.items():
+            "other": tokenizer | {"model": tokenizer["model"] | {"quantizer.codebook": codebook}},
+            "surplus": released_tokenizer(2) | {"extra": codebook}, "hostile": {"config": hostile()},
+            "lacking": {"quantize.embedding.weight": codebook}}.items():
         torch.save(content, bad / f"{name}.pt")
-    for kind in ("short", "codes", "note"):
+    (bad / "cut.pt").write_bytes((trained / "tokenizer.pt").read_bytes()[:-5000])
+    for kind in ("short", "codes"):
         shutil.copytree(trained / "tokens", bad / kind)
     os.truncate(bad / "short" / "train" / "tokens.npy", 5000)
     np.save(bad / "codes" / "train" / "tokens.npy", np.full((200, 1, 21), 300, np.uint16))
-    (bad / "note" / "train" / "cache.json").write_text("{")
     images = pictures(range(4)).permute(0, 2, 3, 1).numpy()
     for name, arrays in {
             "good": {"arr_0": images}, "one": {"arr_0": images[:1]}, "float": {"arr_0": images / 255},
-            "odd": {"x": images}, **{name: {"mu": np.zeros(n), "sigma": np.eye(n)}
-                                     for name, n in (("width", 64), ("origin", 2048))}}.items():
+            "odd": {"x": images}, "width": {"mu": np.zeros(64), "sigma": np.eye(64)},
+            "origin": {"mu": np.zeros(2048), "sigma": np.eye(2048)}}.items():
         np.savez(bad / f"{name}.npz", **arrays)
     whole = (bad / "good.npz").read_bytes()
-    (bad / "cut.npz").write_bytes(whole[:len(whole) // 2])
     (bad / "flipped.npz").write_bytes(whole[:5000] + bytes([whole[5000] ^ 255]) + whole[5001:])
     return bad
 
 FEW = {train_tokenizer: f"{SHAPE} --steps 50 1 --batch-size 4", sample: "", fid: "--inception random",
        train_ar: "--steps 5 --batch-size 8 --num-pictures 200 --width 64 --depth 2"}
 BAD = {train_tokenizer: {                     # {words: what the message has to name}
-    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/empty": "{bad}/empty", "--data {bad}/flat": "two",
-    "--data {bad}/nothing": "nothing/cat", "--data {bad}/single": "single", "--data {bad}/broken": "7.jpg",
-    "--data {bad}/zero --workers 2": "7.jpg", "--data {bad}/bomb": "7.png", "--data {bad}/thin": "thin",
-    "--val-data {bad}/other": "--val-data",
-    "--image-size 60": "multiple of", "--steps 0 5": "--steps", "--clip nan": "--clip", "--encoder x": "'x'",
-    "--device {absent}": "{absent}", "--batch-size 9 --accum 2": "multiple", "--out {bad}/text.pt/x": "pt/x",
+    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/thin": "thin", "--seed 1" + "0" * 20: "--seed",
+    "--data {bad}/nothing": "nothing/cat", "--data {bad}/single": "single", "--clip nan": "--clip",
+    "--data {bad}/other --out {bad}/other/out": "among the pictures", "--val-data {bad}/other": "--val-data",
+    "--data {bad}/truncated --workers 2": "7.jpg", "--image-size 60": "multiple of",
+    "--device {absent}": "{absent}", "--batch-size 9 --accum 2": "multiple", "--out {bad}/cut.pt/x": "pt/x",
     "--recipe paper --no-perceptual --steps 2 9": "too few", "--lr 1e6 --steps 3 1": "not finite",
-    "--recipe paper --vision-weights {bad}/empty --steps 9 9": "convnext_small", "--out {trained}": "already",
+    "--recipe paper --vision-weights {bad}/other --steps 9 9": "convnext_small", "--steps 0 5": "--steps",
     "--stage 2": "no such checkpoint", "--stage 2 --out {trained} --codebook-size 128": "takes its shape",
     "--out {trained} --resume --steps 150 100 --batch-size 8 --lr 0.5": "now 0.5",
-    "--out {trained} --resume --steps 151 100 --batch-size 8": "stage 2", "--prefix-tokens 3": "found 3",
-    "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150", "--init {bad}/cut.pt": "cut.pt"
+    "--out {trained} --resume --steps 151 100 --batch-size 8": "stage 2", "--out {trained}": "already",
+    "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150", "--prefix-tokens 3": "found 3"
 }, train_ar: {
     "--tokenizer {tok} --data {bad}/truncated --val-data {bad}/other": "other classes",
     "": "no such checkpoint", "--tokenizer {bad}/other.pt --cache {trained}/tokens": "tokenizer",
-    "--tokenizer {trained}/ar.pt": "kind 'tokenizer'", "--tokenizer {tok} --data {bad}/truncated": "7.jpg",
-    **{f"--tokenizer {{bad}}/{name}.pt": f"{name}.pt" for name in ("text", "empty", "cut", "list")},
+    "--tokenizer {trained}/ar.pt": "kind 'tokenizer'", "--tokenizer {bad}/hostile.pt": "run code",
+    "--tokenizer {bad}/cut.pt": "cut.pt", "--tokenizer {bad}/list.pt": "list",
     **{f"--tokenizer {{bad}}/{name}.pt": "does not fit" for name in ("misfit", "lacking", "surplus")},
-    **{f"--tokenizer {{tok}} --cache {{bad}}/{name}": "damaged" for name in ("short", "codes", "note")},
-    "--tokenizer {bad}/hostile.pt": "run code", "--tokenizer {tok} --width 9": "size of a head",
-    "--tokenizer {tok} --cache {trained}/tokens --num-pictures 300": "something else"
+    "--tokenizer {tok} --cache {bad}/short": "damaged", "--tokenizer {tok} --cache {bad}/codes": "damaged",
+    "--tokenizer {tok} --cache {trained}/tokens --seed 1": "seed 1", "--tokenizer {tok} --width 9": "a head"
 }, sample: {
     "": "--class", "--out {trained} --class 1000": "1000", "--out {trained} --class dodo": "dodo",
-    "--out {bad}/empty --class 1": "tokenizer.pt",
     "--class 1 --tokenizer {bad}/other.pt --ar {trained}/ar.pt": "another tokenizer",
-    "--image {bad}/zero --out {trained}": "7.jpg", "--npz {bad}/good.npz --out {trained}": "already",
-    "--reconstruct {bad}/odd --out {trained}": "odd", "--npz {out}.npz --num-images 9 --out {trained}": "mul"
+    "--npz {bad}/good.npz --out {trained}": "already", "--reconstruct {bad}/odd --out {trained}": "odd",
+    "--npz {out}.npz --num-images 9 --out {trained}": "multiple"
 }, fid: {
     "{bad}/nowhere": "{bad}/nowhere", "{bad}/one.npz": "two images", "{bad}/float.npz": "float64",
-    "{bad}/odd.npz": "arr", "{bad}/width.npz": "(2048,)", "{bad}/origin.npz": "rand", "{bad}/cut.npz": "cu",
-    "{bad}/other": "one size", "{bad}/flipped.npz": "damaged", "{bad}/broken --crop 9 --workers 1": "7.jpg",
-    "{bad}/one.npz --inception {bad}/network.pt": "does not fit", "{bad}/good.npz --data shapes": "--data"}}
+    "{bad}/odd.npz": "arr", "{bad}/width.npz": "(2048,)", "{bad}/origin.npz": "rand", "{bad}/cut.pt": "cut",
+    "{bad}/other": "one size", "{bad}/flipped.npz": "damaged", "{bad}/good.npz --data shapes": "--data",
+    "{bad}/one.npz --inception {tok}": "does not fit"}}
 
 @pytest.mark.parametrize("module, words", [(module, words) for module in BAD for words in BAD[module]])
 def test_bad_input(module, words, bad, trained, tmp_path):
     def files():
-        paths = [path for folder in (bad, trained) for path in folder.rglob("*")]
-        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.stem != "lock"}
+        paths = [path for folder in (bad, trained) for path in folder.rglob("*") if path.stem != "lock"]
+        return {path: path.stat().st_mtime_ns for path in paths}
     names = dict(bad=bad, trained=trained, tok=f"{trained}/tokenizer.pt", out=tmp_path / "out",
                  absent="mps" if torch.cuda.is_available() else "cuda")
     before, out = files(), "" if module is fid or "--out" in words else f"--out {tmp_path}/out"
@@ -733,14 +680,17 @@ def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
     words = f"--data {bad}/broken --out {tmp_path} --batch-size 8 --skip-bad-images --dtype bfloat16 --steps"
     with pytest.warns(UserWarning, match="skipped: .*7.jpg"):
         must(train_tokenizer, SHAPE, words, "6 2")
-    must(train_ar, words, "2 --depth 1")
-    tokens = np.load(tmp_path / "tokens" / "train" / "tokens.npy", allow_pickle=False)
-    assert tokens.shape == (13, 2, 21) and tokens.max() < 64  # the centre crop and its mirror image
+    must(train_ar, words, "2 --depth 1 --ten-crop")
+    train, val = (data.open_array(tmp_path / "tokens" / part / "tokens.npy") for part in ("train", "val"))
+    assert (train.shape, val.shape) == ((13, 10, 21), (1, 2, 21)) and train.max() < 64
     assert "1 (dog), 0 (cat)" in must(sample, f"--out {tmp_path} --class dog 0 --n 2")
     args = SimpleNamespace(data=f"{bad}/broken", val_data=None, seed=0, skip_bad_images=True)
     folder, _ = data.open_data(args, 32)
     at = list(folder.paths).index("cat/7.jpg")
     assert folder.labels[at] == 0 and folder.read_crops(at)[0].float().mean((1, 2)).argmax() == 0    # a cat
+    centre = data.centre_crop(data.read_image(bad / "broken" / folder.paths[0]), 32)
+    assert torch.equal(folder.read_crops(0)[0], torch.stack([centre, centre.flip(-1)]))
+    assert re.fullmatch(r"cat/pixel.png for cat/7.jpg\n", (tmp_path / "tokens/train/stand_ins.txt").read_text())
 
 # ---- What surrounds a run: folders, data that changes, two runs, a screen that goes away -----------
 
@@ -816,7 +766,7 @@ def test_resume_without_a_state_replaces_nothing(trained, tmp_path):
 def test_results_are_printed_before_they_are_saved(bad, tmp_path):
     words = f"{bad}/good.npz --inception random --save-stats"
     assert "already" in command(fid, words, bad / "good.npz")[2]
-    code, out, err = command(fid, words, bad / "text.pt/x.npz")
+    code, out, err = command(fid, words, bad / "cut.pt/x.npz")
     assert code == 2 and "IS" in json.loads(out) and "can't write" in err
 
 @pytest.mark.parametrize("sign, hint", [("CUDA out of memory", "--batch-size"), ("shared memory", "--workers 0"),
@@ -870,13 +820,22 @@ data.run(train_tokenizer.main)""", fails=True)
 
 @pytest.mark.parametrize("flags, tokens", [("--prefix-tokens 0", 16), ("--prefix-tokens 4 --cold-swap", 20),
                                            ("--decoder bidirectional", 21), ("--encoder causal", 21)])
-def test_other_tokenizers_train_and_paint(flags, tokens, tmp_path):
-    must(train_tokenizer, f"--out {tmp_path} --steps 6 4", TOKENIZER, flags)
+def test_other_tokenizers_train_longer_and_paint(flags, tokens, tmp_path):
+    must(train_tokenizer, f"--out {tmp_path}", TOKENIZER, flags, "--steps 6 4")
+    must(train_tokenizer, f"--out {tmp_path}", TOKENIZER, flags, "--steps 6 5 --resume")
     must(train_ar, f"--out {tmp_path}", AR, "--steps 4")
+    must(train_ar, f"--out {tmp_path}", AR, "--steps 8 --resume")
+    rates = [data.learning_rate(steps - 1, steps, steps // 4, 2e-3, 1e-5) for steps in (4, 8)]
+    assert log_of(tmp_path, "ar", "lr") == pytest.approx(rates)
     tokenizer, words = load_tokenizer(tmp_path / "tokenizer.pt"), f"--out {tmp_path} --class 207 --n 1"
-    must(sample, words)
+    must(sample, words, f"--png {tmp_path}/a.png")
     code, _, err = command(sample, words, f"--paint {tmp_path}/a.gif")
     assert (code, "no causal decoder" in err) == ((2, True) if "--decoder" in flags else (0, False))
+    if code == 0:
+        film = Image.open(tmp_path / "a.gif")
+        film.seek(film.n_frames - 1)          # from 0 tokens to all, then the finished picture, zoomed
+        last = data.to_tensor(np.asarray(film.convert("RGB")))[:, 2:-2:8, 2:-2:8][:, -32:, :32] / 255
+        assert film.n_frames == tokens + 2 and (last - cells(tmp_path / "a.png", 1)[0]).abs().mean() < 0.03
     assert tokenizer.config.num_tokens == tokens
     assert "--encoder" not in flags or looks_ahead(tokenizer, 64) == 0
 
@@ -888,8 +847,7 @@ def test_compiled_generation_equals_the_plain_one_and_copies_no_cache():
     result, codes = run_and_get_code(model.generate, classes, uniforms, compiled=True, **options)
     shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "".join(codes))       # of all that it allocates
     sizes = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
-    keys = model.caches_for(6)[0][0]
-    assert torch.equal(result, plain) and 0 < max(sizes) < keys.numel(), sizes
+    assert torch.equal(result, plain) and 0 < max(sizes) < model.caches_for(6)[0][0].numel(), sizes
 
 @pytest.mark.parametrize("compiler", ["/nowhere", pytest.param("g++", marks=needs_compiler)])
 def test_training_without_glibc_with_and_without_a_compiler(compiler, tmp_path, monkeypatch):
@@ -906,19 +864,6 @@ def test_training_without_glibc_with_and_without_a_compiler(compiler, tmp_path, 
         for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
             assert torch.allclose(one.grad, two.grad, atol=1e-4)""")
     assert any(tmp_path.rglob("*.so")) == (compiler != "/nowhere")
-
-def test_resume_may_lengthen_a_run(trained, tmp_path):
-    words = f"--out {tmp_path} {on_tokens(trained)} --steps"
-    must(train_ar, words, "20")
-    must(train_ar, words, "40 --resume")
-    rates = [data.learning_rate(steps - 1, steps, steps // 4, 2e-3, 1e-5) for steps in (20, 40)]
-    assert log_of(tmp_path, "ar", "lr") == pytest.approx(rates)
-    words = f"--out {tmp_path} {TOKENIZER} --steps 4"
-    must(train_tokenizer, words, "2")
-    before = load(tmp_path / STATES[0])
-    must(train_tokenizer, words, "5 --resume")
-    assert [load(tmp_path / name)["step"] for name in ("ar_state.pt", *STATES[:2])] == [40, 4, 5]
-    assert not differing(before, load(tmp_path / STATES[0]))
 
 def test_fine_tuning_starts_where_the_other_model_ended(trained, tmp_path):
     words, init = f"--warmup 0 --lr 1e-9 --out {tmp_path} --steps 1", f"--init {trained}/tokenizer.pt"
@@ -958,8 +903,7 @@ def test_losses_reach_tokenizer_and_discriminator_in_turns(paper):
             expected = {"optimizer"} | learning
             if step == 4:                     # stage 1 goes on reviving codes
                 expected = {"discriminator", "disc_optimizer"} | learning & {"quantizer"}
-            parts = {"optimizer", "discriminator", "disc_optimizer", "encoder", "quantizer", "decoder"}
-            assert moved & parts == expected, (stage, step)
+            assert moved == expected | {"step", "losses"}, (stage, step)
         own = {"strip", "quantizer", "mse", "loss"} if stage == 1 else {"mse", "loss"}
         terms = {1: {"perceptual", "lpips"} | own, 2: {"perceptual"} | own, 5: {"discriminator"},
                  6: {"discriminator", "gan", "perceptual"} | own}
@@ -1146,9 +1090,8 @@ def test_change_of_the_quantizer(tmp_path):
     assert all(moments["exp_avg"].any() for moments in state["optimizer"]["state"].values())   # all learn
     python("train_ar.py", *AR.split(), "--steps", 5, cwd=tmp_path)
     python(*"sample.py --class 207 --n 1 --png out/x.png".split(), cwd=tmp_path)
-    code = (tmp_path / "tokenizer.py").read_text()
-    wrong = code.replace("z + blend * (self.codes(tokens) - z).detach(),", "self.codes(tokens),")
-    (tmp_path / "tokenizer.py").write_text(wrong)
+    path = tmp_path / "tokenizer.py"
+    path.write_text(path.read_text().replace(".detach(), tokens", ", tokens"))
     assert "no gradient reaches" in python(*words, 20, 1, "--out", "wrong", cwd=tmp_path, fails=True)
 
 def test_change_of_the_shapes(tmp_path):
@@ -1157,9 +1100,6 @@ def test_change_of_the_shapes(tmp_path):
     python("-c", """if True:
         import data, pytest
         assert len(data.SHAPES) == 11 and len(data.SHAPE_CLASSES) == 1100
-        new = data.draw_shape(0, "val", 1020, 64)[0].astype(int)
-        others = [data.draw_shape(0, "val", k, 64)[0] for k in range(20, 1000, 100)]     # only shapes differ
-        assert max((abs(other - new).max(2) < 60).mean() for other in others) < 0.97
         data.COMBINATIONS[0] = "blob", "red", "night"
         with pytest.raises(ValueError, match="blob"):
             data.draw_shape(0, "val", 0, 64)""", cwd=tmp_path)
@@ -1168,13 +1108,9 @@ def test_change_of_the_order(tmp_path):
     changed_copy(tmp_path, 3)
     python("-m", "pytest", "-q", "test_all.py", "-k", "looks_ahead or painted_patches", cwd=tmp_path)
     assert small_tokenizer().fingerprint() not in python("-c", """if True:
-        import pytest, torch, data, sample, test_all, tokenizer
-        model = test_all.small_tokenizer()
-        print(model.fingerprint())
-        image, strip = model.decode_causal(torch.arange(21)[None])
-        for columns in range(5):              # a film of four tokens more shows one column more
-            frame = sample.so_far(image, strip, model, 5 + 4 * columns)[0, 0, 16:, :32]
-            assert torch.equal(frame != sample.UNPAINTED, torch.arange(32).expand(32, 32) < 8 * columns)
+        import pytest, torch, data, test_all, tokenizer
+        print(test_all.small_tokenizer().fingerprint())
+        assert data.generation_order(3).tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8]
         for wrong in (torch.zeros(16, dtype=torch.long), torch.arange(15), torch.arange(1, 17)):
             tokenizer.generation_order = lambda grid: wrong
             with pytest.raises(data.InputError, match="generation_order"):
@@ -1188,8 +1124,8 @@ def test_benchmark_shapes_table_and_sheet(trained, tmp_path, capsys):
     assert times["ms, cached"] > 0 and times["ms, full forward"] > 0
     for name, first, flip in (("a-0", 0, 0), ("a-1", 0, 0), ("b", 100, 255)):
         (tmp_path / name).mkdir()
-        samples = [data.draw_shape(0, "train", first + k, 32)[0] ^ flip for k in range(1000)]
-        np.savez(tmp_path / name / "samples.npz", arr_0=np.stack(samples))
+        samples = pictures(range(first, first + 1000), 32, "train").permute(0, 2, 3, 1) ^ flip
+        np.savez(tmp_path / name / "samples.npz", arr_0=samples.numpy())
     for name in ("tokenizer.pt", "log.jsonl"):
         shutil.copy(trained / name, tmp_path / "a-0")
     judge_shapes([tmp_path / name for name in ("a-0", "a-1", "b")], tmp_path / "a.png", steps=150)
@@ -1216,32 +1152,31 @@ def benchmark(device, presets, batch_sizes):
         if device.type == "cuda":
             ways["compiled, all tokens"] = lambda: model.generate(rows[:batch], compiled=True)
         for way, call in ways.items():
-            for k in range(4):                # the first does not count
-                began = began if k > 1 else time.perf_counter()
-                call().flatten()[0].item()    # waits for a GPU
-            times["ms, " + way] = 1000 * (time.perf_counter() - began) / 3
+            first, *others = timeit.repeat(lambda: call().flatten()[0].item(), repeat=4, number=1)   # waits
+            times["ms, " + way] = 1000 * np.mean(others)
         print(json.dumps({"preset": preset, "batch": batch, "device": str(device), **times}), flush=True)
 
 DIGITS = {"shape": len(data.SHAPES), "colour": len(data.COLOURS), "background": len(data.BACKGROUNDS)}
 COUNTS = tuple(DIGITS.values())
 
-def digits(labels):                           # of (B,) classes -> (3, B)
-    return torch.stack(torch.unravel_index(labels, COUNTS))
+def digits(places):                           # of the classes of (B,) pictures -> (3, B)
+    return torch.stack(torch.unravel_index(places % len(data.SHAPE_CLASSES), COUNTS))
 
 def shape_classifier(size, steps):
     """A small network, trained on true pictures: (B, 3, size, size) in [0, 1] -> logits of all digits."""
     torch.manual_seed(0)
-    layers, shapes = [], data.Shapes("train", size, 0, 50_000)
+    layers = []
     for a, b, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 2)):
         layers += [nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU()]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, sum(COUNTS)))
-    optimizer, args = torch.optim.AdamW(net.parameters()), SimpleNamespace(batch_size=64, accum=1, seed=0)
-    keys = data.batch_keys("classifier", len(shapes), args)
-    for step, (images, labels) in zip(range(steps), data.batches(shapes.read, keys)):
-        images = images / 255 + 0.02 * torch.randn(len(images), 3, 1, 1)
+    optimizer = torch.optim.AdamW(net.parameters())
+    for step in range(steps):
+        places = torch.randint(50_000, (64,))
+        images = pictures(places.tolist(), size, "train") / 255 + 0.02 * torch.randn(64, 3, 1, 1)
         if step % 2:                          # blurred, so that softness is no clue
             images = F.interpolate(F.avg_pool2d(images, 2), (size, size), mode="bilinear")
-        sum(map(F.cross_entropy, net(images.clamp(0, 1)).split(COUNTS, 1), digits(labels))).backward()
+        logits = net(images.clamp(0, 1)).split(COUNTS, 1)
+        sum(map(F.cross_entropy, logits, digits(places))).backward()
         optimizer.step()
         optimizer.zero_grad()
     return net.eval()
@@ -1251,7 +1186,7 @@ def judge(classifier, images):
     """Images (n, 3, H, W) uint8, classes in turn -> {digit: share right}, Gaussian of the features."""
     hidden = torch.cat([classifier[:-2](part) for part in (images / 255).split(100)])
     choices = torch.stack([part.argmax(1) for part in classifier[-2:](hidden).split(COUNTS, 1)])
-    right = choices == digits(torch.arange(len(images)) % len(data.SHAPE_CLASSES))             # (3, n)
+    right = choices == digits(torch.arange(len(images)))      # (3, n)
     shares = [part.double().mean().item() for part in (*right, right.all(0))]
     return dict(zip([*DIGITS, "all of it"], shares)), fid.gaussian(fid.moments(hidden.mean((2, 3))))
 
@@ -1270,9 +1205,9 @@ def judge_shapes(paths, png=None, steps=800):
     final -number share a column: mean and deviation. png: where a grid goes, a row a column of the table."""
     columns, shown, sets, n = {}, {}, {}, len(data.SHAPE_CLASSES)
     for path in paths:
-        file = fid.NpzImages(path / "samples.npz" if path.is_dir() else path)
-        sets[path] = torch.stack([file.read(0, k)[0] for k in range(len(file))])
-    size = sets[path].shape[-1]
+        images = np.load(path / "samples.npz" if path.is_dir() else path)["arr_0"]
+        sets[path] = torch.from_numpy(images).permute(0, 3, 1, 2)
+    size = images.shape[1]
     sets[Path("true pictures")], classifier = pictures(range(n), size), shape_classifier(size, steps)
     _, reference = judge(classifier, pictures(range(5 * n), size, "train"))
     for path, images in sets.items():
@@ -1290,23 +1225,24 @@ def judge_shapes(paths, png=None, steps=800):
     if png:
         data.save_picture(png, data.grid_image(torch.cat(list(shown.values())) / 255, 16))
     print("| | " + " | ".join(shown) + " |\n" + "|---" * (1 + len(shown)) + "|")
-    for row, values in columns.items():
-        cells = [values.get(name, []) for name in shown]
-        means = [f"{np.mean(cell):.4g}" if cell else "" for cell in cells]
-        spreads = [f" ± {np.std(cell, ddof=1):.2g}" if len(cell) > 1 else "" for cell in cells]
-        print("| " + " | ".join([row, *map(str.__add__, means, spreads)]) + " |")
+    def cell(values):
+        spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+        return f"{np.mean(values):.4g}" + spread if values else ""
+    for row, by_name in columns.items():
+        print("| " + " | ".join([row, *(cell(by_name.get(name, [])) for name in shown)]) + " |")
 
 def contact_sheet(path, size=96):
     """A row a shape, a column a colour, backgrounds along the diagonals, each with its class."""
-    cards, (shapes, colours, grounds) = [], COUNTS
+    shapes, colours, grounds = COUNTS
+    sheet = Image.new("RGB", (colours * (size + 2), shapes * (size + 46)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for shape, colour in itertools.product(range(shapes), range(colours)):
         label = (shape * colours + colour) * grounds + (shape + colour) % grounds
-        card = Image.new("RGB", (size, size + 46), "white")
-        card.paste(Image.fromarray(data.draw_shape(0, "train", label, size)[0]))
+        left, top = colour * (size + 2), shape * (size + 46)
+        sheet.paste(Image.fromarray(data.draw_shape(0, "train", label, size)[0]), (left, top))
         words = f"{label} " + data.SHAPE_CLASSES[label].replace(" ", "\n", 2)
-        ImageDraw.Draw(card).text((2, size), words, "black", ImageFont.load_default(11), spacing=1)
-        cards.append(data.to_tensor(np.asarray(card)))
-    data.save_picture(path, data.grid_image(torch.stack(cards) / 255, colours))
+        draw.text((left + 2, top + size), words, "black", font, spacing=1)
+    sheet.save(path)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)

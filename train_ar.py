@@ -166,13 +166,13 @@ def parse_args():
 def main():
     args = parse_args()
     device = data.start(args)
-    args.lock = data.take_lock(args.out)      # held as long as the run has `args`
     data.refuse_overwrite(args.resume, f"{args.out}/ar_state.pt", f"{args.out}/ar.pt")
     tokenizer = data.pack_linears(load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device))
     if not args.data:
         args.data, args.val_data = tokenizer.data[0], args.val_data or tokenizer.data[1]
         data.say(f"training on the pictures of the tokenizer, --data {args.data}")
     train_set, val_set = data.open_data(args, tokenizer.config.image_size, args.ten_crop)
+    args.lock = data.take_lock(args.out)      # held as long as the run has `args`
     t, shape = tokenizer.config, {name: getattr(args, name) for name in PRESETS["tiny"]}
     config = ARConfig(t.codebook_size, t.grid, t.prefix_tokens, len(train_set.classes), **shape)
     caches = {split: data.TokenCache(f"{args.cache or args.out + '/tokens'}/{split}", dataset, tokenizer,

@@ -302,8 +302,8 @@ def main():
         raise InputError(f"stage 2 takes its shape from a file ({args.start.config}); leave out other flags")
     args.phases = {stage: plan(args.stages[stage - 1], args.steps[stage - 1], args.lr / args.base_lr,
                                args.perceptual, share) for stage in stages}
-    args.lock = data.take_lock(args.out)      # held as long as the run has `args`
     train, val = data.open_data(args, config.image_size, labelled=False)
+    args.lock = data.take_lock(args.out)      # held as long as the run has `args`
     states = [f"{args.out}/tokenizer_stage{stage}.pt" for stage in stages]
     if 1 in stages or args.init_from:
         states.append(f"{args.out}/tokenizer.pt")

@@ -708,7 +708,7 @@ class StopFlag:
     def __init__(self):
         self.signal = self.noted = 0
         for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:         # nohup ignores it
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self.note)
 
     def note(self, number, frame):

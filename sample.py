@@ -97,7 +97,7 @@ def paint_grid(model, tokenizer, ids, args, device):
 
 def paint_npz(model, tokenizer, args, device, weights):
     """--num-images pictures in an .npz that ADM's evaluator reads (`arr_0`), classes in turn. They gather in
-    memory-mapped files in a folder beside it, from where an interrupted run with the same settings goes on."""
+    a folder beside it, from where an interrupted run with the same settings goes on."""
     n, size, classes = args.num_images, tokenizer.config.image_size, model.config.num_classes
     if os.path.exists(args.npz):
         raise InputError(f"{args.npz} is there already; name another file or remove it")

@@ -481,7 +481,7 @@ def test_shipped_pair_paints_a_red_triangle(tmp_path, monkeypatch):
     must(sample, "--n 2 --batch-size 1 --png again.png --class", Path("red triangle on rose"))     # not split
     assert torch.equal(cells("again.png", 1, 64), grid)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")          # as on processors without bfloat16
-    python(HERE / "sample.py", *split("--class 207 --n 2 --dtype bfloat16 --png plain.png"), cwd=tmp_path)
+    python(HERE / "sample.py", *split(["--class 207 --n 2 --dtype bfloat16 --png plain.png"]), cwd=tmp_path)
     assert (cells("plain.png", 1, 64) - grid).abs().mean() < 0.1
     causal, _ = tokenizer.decode_causal(tokens)
     assert 20 < fid.psnr(causal, tokenizer.decode(tokens)).min() < 60

@@ -36,7 +36,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
@@ -508,22 +507,20 @@ def pack_linears(model):
 
 # ==== What every run needs ========================================================================
 
-class Screen:
-    """stdout or stderr. When whoever reads them has gone, as after Ctrl-C in `| tee log`, the run goes on."""
-    def __init__(self, stream):
-        self.stream = stream
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")     # a class name may have letters it can't show
+def outlive_reader(stream):
+    """When whoever reads stdout or stderr has gone, as after Ctrl-C in `| tee log`, the run goes on."""
+    write = stream.write
+    with contextlib.suppress(AttributeError):
+        stream.reconfigure(errors="backslashreplace")         # a class name may have letters it can't show
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
+    def write_or_drop(text):
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            write(text)
+            stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    stream.write = write_or_drop
 
 HINTS = {"out of memory": "give a smaller --batch-size; when training, a larger --accum or --grad-checkpoint",
          "shared memory": "give --workers 0, or more shared memory (docker run --shm-size=8g)",
@@ -532,7 +529,8 @@ HINTS = {"out of memory": "give a smaller --batch-size; when training, a larger 
 def run(main):
     """Call main() as a command. Exit codes: 2 with a line on stderr for an InputError or what the system
     refuses, 128 + the signal for a run that stopped and has saved, 1 with a traceback for our mistakes."""
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    outlive_reader(sys.stdout)
+    outlive_reader(sys.stderr)
     code = 0
     try:
         main()
@@ -552,7 +550,6 @@ def run(main):
         if not code:
             barrier()
             time.sleep(0.5)                   # leaving at once can cut off what another rank has yet to read
-        sys.stdout.flush()
         os._exit(code)                        # others may wait for a failed rank, and gloo may abort an exit
     if code:
         sys.exit(code)
@@ -712,10 +709,10 @@ class StopFlag:
                 signal.signal(number, self.note)
 
     def note(self, number, frame):
-        if self.signal and time.monotonic() > self.noted + 1:
-            os._exit(128 + number)
         if not self.signal:
             self.signal, self.noted = number, time.monotonic()
+        elif time.monotonic() > self.noted + 1:
+            os._exit(128 + number)
 
     def read(self, step):
         """The signal that any rank got, or 0. Several ranks tell each other when they log, not every step."""
@@ -739,7 +736,7 @@ def learning_rate(step, steps, warmup, peak, final):
 
 def distribute(model):
     """The model for training on several ranks, as it is on one."""
-    return DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
 
 def prepare(modules, steps, args, device):
     """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again.
@@ -757,17 +754,19 @@ def check_finite(name, value):
     if not math.isfinite(value):
         raise InputError(f"{name} is not finite: training has diverged; start anew with a lower --lr")
 
-def check_bad_steps(in_row, limit=10):
-    """InputError when so many steps in a row (ours) were skipped, because their gradient was not finite."""
-    if in_row == limit:
-        raise InputError(f"{in_row} steps in a row had gradients that are not finite; --resume goes on from "
+def check_bad_steps(in_row):
+    """InputError when ten steps in a row (ours) were skipped, because their gradient was not finite."""
+    if in_row == 10:
+        raise InputError("10 steps in a row had gradients that are not finite; --resume goes on from "
                          "the last save, if any; if it happens again, start anew with a lower --lr")
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 def replace_file(path, write):
-    """write(file) aside, sync, then rename: `path` holds the old content or the new, never half of one.
-    InputError when it can't be written; the old content is then untouched."""
+    """write(file) aside, sync, then rename: `path` holds the old content or the new, never half of one. Rank
+    0 does it. InputError when it can't be written; the old content is then untouched."""
+    if rank() > 0:
+        return
     folder, aside = os.path.dirname(os.path.abspath(path)), f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(folder, exist_ok=True)
@@ -813,8 +812,7 @@ def create_array(path, dtype, shape, fill):
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     write_rows(array, range(shape[0]), itertools.repeat(np.full(shape[1:], fill)))
 
-def open_array(path):
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+open_array = functools.partial(np.load, mmap_mode="r", allow_pickle=False)
 
 def write_rows(array, indices, rows):
     """Write rows of a memory-mapped .npy to its file. Through the map the system would write whole pages: on
@@ -835,8 +833,7 @@ def file_digest(path):
 
 def save_checkpoint(path, **content):
     """Write a checkpoint. Rank 0 does it, the others wait."""
-    if rank() == 0:
-        replace_file(path, lambda file: torch.save(content, file))
+    replace_file(path, lambda file: torch.save(content, file))
     barrier()
 
 def in_dtype(state, dtype):
@@ -885,9 +882,8 @@ def load_weights(model, state, path):
 def load_fitting(model, state):
     """Take over the tensors of a state dict that fit a model by name and shape; the others stay."""
     own = model.state_dict()
-    own.update((name, value) for name, value in state.items()
-               if name in own and value.shape == own[name].shape)
-    model.load_state_dict(own)
+    fitting = {name: state[name] for name in own.keys() & state.keys() if state[name].shape == own[name].shape}
+    model.load_state_dict(fitting, strict=False)
 
 def load_training_state(path, kind, fixed, steps):
     """The state that --resume goes on from; None, with a word, when there is none yet. InputError when ranks
@@ -897,7 +893,7 @@ def load_training_state(path, kind, fixed, steps):
     if over_ranks([step])[0] != step * world_size():
         raise InputError(f"ranks see different contents in {path}; --out must be one folder for all of them")
     if state:
-        refuse_changes(f"{path} was trained with other settings", state.get("fixed", {}), fixed,
+        refuse_changes(f"{path} was trained with other settings", state["fixed"], fixed,
                        "resume with the old ones, or start anew in another --out")
         if step > steps:
             raise InputError(f"{path} has done {step} steps, more than --steps {steps}; give {step} or more")
@@ -910,14 +906,12 @@ class Log:
     its lines of later steps, so the log reads as if nothing had happened."""
     def __init__(self, path, run, step):
         self.path, self.run, kept = path, run, []
-        if rank() == 0:
-            if os.path.exists(path):
-                with open(path, "rb") as file:
-                    lines = [line for line in file if line.strip() and line.endswith(b"\n")]
-                entries = map(json.loads, lines)
-                kept = [line for line, entry in zip(lines, entries)
-                        if entry["run"] != run or entry["step"] <= step]
-            replace_file(path, lambda file: file.writelines(kept))
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                lines = [line for line in file if line.strip() and line.endswith(b"\n")]
+            kept = [line for line, entry in zip(lines, map(json.loads, lines))
+                    if entry["run"] != run or entry["step"] <= step]
+        replace_file(path, lambda file: file.writelines(kept))
 
     def write(self, step, **values):
         if rank() == 0:
@@ -927,18 +921,19 @@ class Log:
 def grid_image(images, columns):
     """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between.
     Small ones are enlarged to 128 pixels or more."""
-    missing, zoom = -len(images) % columns, -(-128 // min(128, images.shape[-1]))
-    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    cells = F.pad(images.float().cpu().clamp(0, 1), (0, 2, 0, 2, 0, 0, 0, missing), value=1)
-    rows = cells.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)                          # (r, H, c, W, 3)
-    sheet = F.pad(rows.flatten(0, 1).flatten(1, 2), (0, 0, 2, 0, 2, 0), value=1)
-    return to_image(sheet.permute(2, 0, 1))
+    zoom = -(-128 // min(128, images.shape[-1]))
+    height, width = (side * zoom + 2 for side in images.shape[2:])           # with the line
+    sheet = Image.new("RGB", (columns * width + 2, -(-len(images) // columns) * height + 2), "white")
+    for k, image in enumerate(images):
+        row, column = divmod(k, columns)
+        tile = ImageOps.scale(to_image(image), zoom, Image.NEAREST)
+        sheet.paste(tile, (column * width + 2, row * height + 2))
+    return sheet
 
 def to_image(pixels):
     """(3, H, W) in [0, 1] -> a PIL image."""
     return Image.fromarray((pixels.permute(1, 2, 0).cpu() * 255).round().byte().numpy())
 
 def save_picture(path, picture):
-    """A PIL image -> a PNG file. Rank 0 writes."""
-    if rank() == 0:
-        replace_file(path, lambda file: picture.save(file, "PNG"))
+    """A PIL image -> a PNG file, on rank 0."""
+    replace_file(path, lambda file: picture.save(file, "PNG"))

@@ -156,8 +156,7 @@ def paint_gif(model, tokenizer, ids, args, device):
         frames.append(data.grid_image(so_far(shown, strip, tokenizer, known), columns))
     durations = [60] * config.num_tokens + [600, 3000]                       # in ms
     film = dict(save_all=True, append_images=frames[1:], loop=0, duration=durations)
-    if data.rank() == 0:
-        data.replace_file(args.paint, lambda file: frames[0].save(file, "GIF", **film))
+    data.replace_file(args.paint, lambda file: frames[0].save(file, "GIF", **film))
     return args.paint
 
 def read_pictures(path, size, count):

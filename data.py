@@ -230,15 +230,15 @@ class ImageFolder:
     keeps the centre and its mirror image, or ten crops. paths: below `folder`; labels: class ids; arrays."""
     def __init__(self, split, folder, paths, labels, classes, size, args, ten_crop=False):
         self.training, self.folder, self.classes, self.size = split == "train", folder, classes, size
-        self.skip_bad, self.seed, self.ten_crop = args.skip_bad_images, args.seed, ten_crop
-        self.paths, self.labels = paths, labels                              # arrays, which workers share
-        self.crops = 10 if ten_crop else 2
-        digests, counts = [hashlib.sha256() for _ in classes], np.bincount(labels, minlength=len(classes))
+        self.skip_bad, self.seed, self.crops = args.skip_bad_images, args.seed, 10 if ten_crop else 2
+        self.paths, self.labels, self.files = paths, labels, {}              # arrays, which workers share
+        stamps = [[] for _ in classes]
         for path, label in zip(paths, labels):
             status = os.stat(os.path.join(folder, path))
-            digests[label].update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}\n"))
-        self.files = {f"{split} pictures of class {name}": f"{count}, {digest.hexdigest()[:8]}"
-                      for name, count, digest in zip(classes, counts, digests)}
+            stamps[label].append(f"{path} {status.st_size} {status.st_mtime_ns}\n")
+        for name, lines in zip(classes, stamps):
+            digest = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
+            self.files[f"{split} pictures of class {name}"] = f"{len(lines)}, {digest[:8]}"
 
     def __len__(self):
         return len(self.paths)
@@ -265,7 +265,7 @@ class ImageFolder:
     def read_crops(self, index):
         """-> (crops, 3, H, W) uint8, and the index of the picture that they are of."""
         image, source = self.open(index)
-        crops = five_crops(image, self.size) if self.ten_crop else centre_crop(image, self.size)[None]
+        crops = five_crops(image, self.size) if self.crops == 10 else centre_crop(image, self.size)[None]
         return torch.cat([crops, crops.flip(-1)]), int(source)
 
 def list_folder(folder, args):
@@ -280,12 +280,12 @@ def list_folder(folder, args):
         paths = [path for path in paths if os.sep in path]
     if not paths:
         raise InputError(f"no images in {folder}: it needs a sub-folder a class, such as {folder}/cats/1.jpg")
-    names = [unicodedata.normalize("NFC", path.split(os.sep)[0] if folders else "pictures") for path in paths]
+    names = [path.split(os.sep)[0] if folders else "pictures" for path in paths]
+    for empty in {*folders} - {*names}:
+        raise InputError(f"no images in {folder}/{empty}: a sub-folder is a class of {IMAGE_SUFFIXES}")
+    names = [unicodedata.normalize("NFC", name) for name in names]
     classes, labels = np.unique(names, return_inverse=True)
-    if len(folders) > len(classes):
-        empty = sorted({*folders} - {path.split(os.sep)[0] for path in paths})
-        raise InputError(f"no images in {folder}/{empty[0]}: a sub-folder is a class of {IMAGE_SUFFIXES}")
-    if folders and all(path.count(os.sep) > 1 for path in paths):
+    if all(path.count(os.sep) > 1 for path in paths):
         say(f"note: every class in {folder} is a folder of folders. Is --data {folder}/{classes[0]} meant?")
     return classes.tolist(), np.array(paths), labels
 
@@ -309,7 +309,7 @@ def open_data(args, size, ten_crop=False, labelled=True):
         held_out = not_alone[not_alone % 20 == 19]
         if not len(held_out):
             held_out = not_alone[-1:]
-        if not len(not_alone):
+        if not len(held_out):
             raise InputError(f"no class of {args.data} has two pictures, to hold one out; give --val-data")
         val = paths[held_out], labels[held_out]
         train = np.delete(paths, held_out), np.delete(labels, held_out)
@@ -382,47 +382,35 @@ def to_float(images, device):
 
 class TokenCache:
     """Tokens of a data set, (images, crops, N) in the memory-mapped `folder`/tokens.npy, and its labels. All
-    ranks build it where it is missing or unfinished; another run waits meanwhile. InputError for a cache of
-    other things. A picture that stands in for an unreadable one is noted in stand_ins.txt."""
+    ranks build what is missing; another run waits meanwhile. InputError for a damaged cache, or of other
+    things. A picture that stands in for an unreadable one is noted in stand_ins.txt."""
     def __init__(self, folder, dataset, tokenizer, device, workers=0, batch_size=64):
-        config = tokenizer.config
-        self.path, self.note, self.folder = f"{folder}/tokens.npy", f"{folder}/cache.json", folder
-        self.labels, self.files, self.codebook_size = dataset.labels, dataset.files, config.codebook_size
-        shape = (len(dataset), dataset.crops, config.num_tokens)
+        self.folder, self.path, note = folder, f"{folder}/tokens.npy", f"{folder}/cache.json"
+        self.labels, self.files = dataset.labels, dataset.files
+        self.codebook_size = tokenizer.config.codebook_size
+        advice = f"delete {self.path} and {note} to build it anew"
+        shape = (len(dataset), dataset.crops, tokenizer.config.num_tokens)
         settings = {"tokenizer": tokenizer.fingerprint(), "shape": list(shape), **dataset.files}
         lock = take_lock(folder, wait=True)
-        if rank() == 0 and not os.path.exists(self.note):
+        if rank() == 0 and not os.path.exists(note):
             others = set(os.listdir(folder)) - {"tokens.npy", "lock"}
             if others:
                 raise InputError(f"{folder} holds {others.pop()}; name an empty or new folder with --cache")
-            dtype = np.uint16 if config.codebook_size < 2 ** 16 else np.uint32
+            dtype = np.uint16 if self.codebook_size < 2 ** 16 else np.uint32
             create_array(self.path, dtype, shape, np.iinfo(dtype).max)
-            self.write_note(settings, finished=False)
+            replace_file(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         barrier()
         try:
-            with open(self.note) as file:
+            with open(note) as file:
                 saved = dict(json.load(file))
             self.tokens = open_array(self.path)
         except (ValueError, TypeError, EOFError, FileNotFoundError):
-            self.refuse()
-        finished = saved.pop("finished", False)
+            raise InputError(f"the token cache is damaged; {advice}") from None
         refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
-                       f"delete {self.path} and {self.note} to build it anew, or name another with --cache")
-        if self.tokens.shape != shape:
-            self.refuse()
-        if not finished:
+                       f"{advice}, or name another with --cache")
+        if len(self.missing()):
             self.build(dataset, tokenizer, device, workers, batch_size)
-            self.write_note(settings, finished=True)
-        barrier()
         lock.close()
-
-    def write_note(self, settings, finished):
-        if rank() == 0:
-            text = json.dumps({**settings, "finished": finished}, indent=1)
-            replace_file(self.note, lambda file: file.write(text.encode()))
-
-    def refuse(self):
-        raise InputError(f"the token cache is damaged; delete {self.path} and {self.note} to build it anew")
 
     def __len__(self):
         return len(self.tokens)
@@ -432,24 +420,18 @@ class TokenCache:
         indices = [index for _, index in keys]
         crops = (key_uniforms("crop choice", seed, keys, len(self)) * self.tokens.shape[1]).astype(np.int64)
         tokens = self.tokens[indices, crops].astype(np.int64)
-        if tokens.max() >= self.codebook_size:
-            self.refuse()
         batch = torch.from_numpy(tokens), torch.from_numpy(self.labels[indices])
         return [part.pin_memory() for part in batch] if torch.cuda.is_available() else batch
 
     def missing(self):
-        """Indices of the images of which not all tokens are written."""
-        unwritten = np.iinfo(self.tokens.dtype).max
-        return np.concatenate([np.flatnonzero((self.tokens[at:at + 4096] == unwritten).any(axis=(1, 2))) + at
-                               for at in range(0, len(self), 4096)])
+        """Indices of the images of which not all tokens are written, or some are damaged."""
+        return np.flatnonzero(self.tokens.max((1, 2)) >= self.codebook_size)
 
     def build(self, dataset, tokenizer, device, workers, batch_size):
         """Encode the images whose tokens are missing, every rank its share."""
-        missing = self.missing()
+        missing, micro = self.missing(), max(1, batch_size // dataset.crops)
         barrier()                             # every rank has the same list before one of them shortens it
-        share = np.array_split(missing, world_size())[rank()]
-        micro = max(1, batch_size // dataset.crops)
-        rows = [share[at:at + micro] for at in range(0, len(share), micro)]
+        rows = [missing[span] for span in rank_spans(len(missing), micro)]
         stream = batches(dataset.read_crops, [indices[:, None] for indices in rows], workers)
         for indices, (images, sources) in zip(progress_bar(rows, "tokens", micro), stream):
             with open(f"{self.folder}/stand_ins.txt", "a") as file:
@@ -460,8 +442,9 @@ class TokenCache:
             write_rows(self.tokens, indices, ids.unflatten(0, images.shape[:2]).cpu().numpy())
         barrier()
         self.tokens = open_array(self.path)   # with what other hosts wrote
-        if len(self.missing()):
-            raise InputError(f"{len(self.missing())} rows of {self.path} are not on the disk; run this again")
+        missing = self.missing()
+        if len(missing):
+            raise InputError(f"{len(missing)} rows of {self.path} are not on the disk; run this again")
 
 # ==== What both models need =======================================================================
 
@@ -882,7 +865,8 @@ def load_weights(model, state, path):
 def load_fitting(model, state):
     """Take over the tensors of a state dict that fit a model by name and shape; the others stay."""
     own = model.state_dict()
-    fitting = {name: state[name] for name in own.keys() & state.keys() if state[name].shape == own[name].shape}
+    fitting = {name: value for name, value in state.items()
+               if name in own and value.shape == own[name].shape}
     model.load_state_dict(fitting, strict=False)
 
 def load_training_state(path, kind, fixed, steps):

@@ -3,8 +3,7 @@
 Notable:
 - A built-in data set, `shapes`, needs no download: drawn pictures, each a function of (seed, split, index).
 - Every random choice follows from (seed, epoch, index): workers, ranks, resumed runs see the same pictures.
-- The token cache is one memory-mapped array. Rows not written yet hold the
-  largest number, so a killed build can go on.
+- The token cache is one memory-mapped array. Rows not written yet hold the largest number.
 """
 import argparse
 import collections
@@ -19,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import sys
@@ -29,6 +27,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -162,15 +161,13 @@ def image_files(folder):
             else:
                 others[suffix or name] += 1
     names = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    others = ", ".join(f"{count} {kind}" for kind, count in others.most_common()) or "nothing"
     say(f"{folder}: {len(paths):,} pictures in {len(names)} folders ({', '.join(names[:3])}, ...); left out: "
-        + others, sys.stderr)
+        f"{dict(others.most_common()) or 'nothing'}", sys.stderr)
     return sorted(paths)
 
 def is_inside(path, folder):
     """Whether a path is the folder or lies below it, links resolved."""
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath([path, folder]) == folder
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 def read_image(path):
     """Any image file as an upright RGB PIL image. 16-bit greys become 8-bit, transparency becomes white.
@@ -345,7 +342,7 @@ def spread(n, count):
 def rank_spans(count, size):
     """This rank's share of `count` places: slices of at most `size`, which the ranks take in turn."""
     starts = range(rank() * size, count, world_size() * size)
-    return [slice(start, min(start + size, count)) for start in starts]
+    return [slice(start, start + size) for start in starts]
 
 class Reader:
     """Reads batches of keys; an unreadable image travels as its error, so that workers can't bury it."""
@@ -393,9 +390,8 @@ class TokenCache:
         settings = {"tokenizer": tokenizer.fingerprint(), "shape": list(shape), **dataset.files}
         lock = take_lock(folder, wait=True)
         if rank() == 0 and not os.path.exists(note):
-            others = set(os.listdir(folder)) - {"tokens.npy", "lock"}
-            if others:
-                raise InputError(f"{folder} holds {others.pop()}; name an empty or new folder with --cache")
+            for other in set(os.listdir(folder)) - {"tokens.npy", "lock"}:
+                raise InputError(f"{folder} holds {other}; name an empty or new folder with --cache")
             dtype = np.uint16 if self.codebook_size < 2 ** 16 else np.uint32
             create_array(self.path, dtype, shape, np.iinfo(dtype).max)
             replace_file(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
@@ -593,11 +589,10 @@ def add_run_arguments(parser):
     add_device_arguments(parser)
 
 def add_device_arguments(parser):
-    add = parser.add_argument
-    add("--device", **DEVICE)
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the matrix work; auto is bfloat16 where the hardware is fast at it")
-    add("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
+    parser.add_argument("--device", **DEVICE)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                        help="of the matrix work; auto is bfloat16 where the hardware is fast at it")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile")
 
 # What decides the result, so that a resumed run must not change it. The number of steps may change.
 FIXED = "batch_size lr warmup clip seed dtype".split()
@@ -642,9 +637,8 @@ def start(args):
         if on_gpu:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        patience = datetime.timedelta(hours=2)           # with another rank's download
-        # gloo for what need not wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # gloo does not wait for the GPU
+                                timeout=datetime.timedelta(hours=2))         # with another rank's download
     parts = world_size() * args.accum if "accum" in args else 1
     if args.batch_size % parts:
         raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {world_size()} ranks in "
@@ -680,7 +674,7 @@ def say(text, file=None):
         tqdm.write(text, file)
 
 # Of schedulers, of Ctrl-C, of a terminal that is closed.
-STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
+STOP_SIGNALS = [signal.Signals[f"SIG{name}"] for name in "TERM INT HUP USR1 USR2 XCPU".split()]
 
 class StopFlag:
     """Notes the first signal to stop, for the loop to save and leave. A second one ends the process, unless
@@ -783,10 +777,9 @@ def take_lock(folder, wait=False):
             say(f"{holder}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
-        for name in os.listdir(folder):
-            if name.endswith(".tmp"):
-                os.remove(f"{folder}/{name}")
+        print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+        for path in Path(folder).glob("*.tmp"):
+            path.unlink()
     return file
 
 def create_array(path, dtype, shape, fill):
@@ -834,24 +827,22 @@ def read_torch(path):
                          f"({' '.join(str(error).split())[:300]})") from None
     return content
 
-def load_checkpoint(path, kind, from_released=lambda state: None):
+def load_checkpoint(path, kind, from_released=None):
     """-> the dict that `save_checkpoint` wrote. InputError for anything but a checkpoint of this kind.
-    from_released: turns the content of a file of the authors into such a dict, or returns None."""
+    from_released: turns the weights in a file of the authors into such a dict. KeyError for others."""
     if not os.path.isfile(path):
         raise InputError(f"no such checkpoint: {path} (train_{kind}.py writes it)")
     content = read_torch(path)
-    if "kind" not in content:
-        for name in ("model_state", "model", "ema"):              # where training code keeps the weights
-            content = content.get(name, content)
-        content = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): content[name] for name in content}
-        try:
-            content = from_released(content)
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{path}, a released file, does not fit the model: {error!r}") from None
-    elif content["kind"] != kind:
-        content = None
-    if content is None:
-        raise InputError(f"{path} is not a checkpoint of kind '{kind}', nor a released one")
+    try:
+        if from_released and "kind" not in content:
+            for name in ("model_state", "model", "ema"):          # where training code keeps the weights
+                content = content.get(name, content)
+            weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): content[name] for name in content}
+            return from_released(weights)
+        if content["kind"] != kind:
+            raise ValueError(f"kind '{content['kind']}'")
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} does not fit: no checkpoint of kind '{kind}', nor a released one: {error!r}") from None
     return content
 
 def load_weights(model, state, path):

@@ -768,14 +768,14 @@ def take_lock(folder, wait=False):
     file = open(f"{folder}/lock", "a+")
     if rank() == 0:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = f"{folder} is in use by {file.read()}"
             if not wait:
                 raise InputError(f"{holder}; wait for it, or choose another folder") from None
             say(f"{holder}: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.lockf(file, fcntl.LOCK_EX)
         file.truncate(0)
         print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
         for path in Path(folder).glob("*.tmp"):

@@ -3,7 +3,7 @@
 Notable:
 - A built-in data set, `shapes`, needs no download: drawn pictures, each a function of (seed, split, index).
 - Every random choice follows from (seed, epoch, index): workers, ranks, resumed runs see the same pictures.
-- The token cache is one memory-mapped array. Rows not written yet hold the largest number.
+- The token cache is one memory-mapped array. Rows not written yet hold what is no token.
 """
 import argparse
 import collections
@@ -47,8 +47,7 @@ def generator(stream, *ids):
     return np.random.default_rng([zlib.crc32(stream.encode()), *ids])
 
 def generation_order(grid):
-    """The patch of each image token, in the order of generation: (grid * grid,) of row * grid + column.
-    Tokenizer, rotary table and film follow this one function."""
+    """Row * grid + column of the patch of each image token: (grid * grid,). All code follows this order."""
     return torch.arange(grid ** 2)
 
 # ---- Built-in pictures. The digits of a class are shape, colour, background. ---------------------
@@ -193,18 +192,14 @@ def to_tensor(pixels):
     """(H, W, 3) array or PIL image -> (3, H, W) tensor."""
     return torch.from_numpy(np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1)))
 
-def shrink(image, size):
-    """ADM's resize of a PIL image's shorter side -> (3, H, W) uint8: box halvings, then bicubic."""
+def centre_crop(image, size):
+    """PIL image -> (3, size, size) uint8, as ADM prepares ImageNet: box halvings, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
-    return to_tensor(image.resize((width, height), Image.BICUBIC))
-
-def centre_crop(image, size):
-    """PIL image -> (3, size, size) uint8, as ADM prepares ImageNet."""
-    pixels = shrink(image, size)
-    top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
+    pixels = to_tensor(image.resize((width, height), Image.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
     return pixels[:, top:top + size, left:left + size]
 
 def random_crop(image, size, rng):
@@ -219,8 +214,8 @@ def five_crops(image, size):
     """The paper's (5, 3, size, size) uint8 of a PIL image: corners and middle of a 1.1 times larger crop."""
     wide = int(1.1 * size)
     pixels, far, middle = centre_crop(image, wide), wide - size, (wide - size) // 2
-    corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
-    return torch.stack([pixels[:, top:top + size, left:left + size] for top, left in corners])
+    places = [*itertools.product((0, far), repeat=2), (middle, middle)]
+    return torch.stack([pixels[:, top:top + size, left:left + size] for top, left in places])
 
 class ImageFolder:
     """Pictures of one split. Training takes a random crop and flip, validation the centre. The token cache
@@ -241,8 +236,7 @@ class ImageFolder:
         return len(self.paths)
 
     def open(self, index):
-        """The picture at `index`; if it is unreadable and skip_bad, the next readable one of its class. And
-        the index of what was read."""
+        """-> the picture at `index`, or with skip_bad the next readable one of its class, and its index."""
         same = np.flatnonzero(self.labels == self.labels[index]) if self.skip_bad else [index]
         for other in np.roll(same, -np.searchsorted(same, index)):
             try:
@@ -254,7 +248,7 @@ class ImageFolder:
         raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.folder}")
 
     def read(self, epoch, index):
-        (image, _), label = self.open(index), int(self.labels[index])
+        (image, _), label = self.open(index), self.labels[index]
         if self.training:
             return random_crop(image, self.size, generator("crop", self.seed, epoch, index)), label
         return centre_crop(image, self.size), label
@@ -263,7 +257,7 @@ class ImageFolder:
         """-> (crops, 3, H, W) uint8, and the index of the picture that they are of."""
         image, source = self.open(index)
         crops = five_crops(image, self.size) if self.crops == 10 else centre_crop(image, self.size)[None]
-        return torch.cat([crops, crops.flip(-1)]), int(source)
+        return torch.cat([crops, crops.flip(-1)]), source
 
 def list_folder(folder, args):
     """-> class names (sorted), paths below the folder, a class id each. A folder without sub-folders is one
@@ -287,9 +281,8 @@ def list_folder(folder, args):
     return classes.tolist(), np.array(paths), labels
 
 def open_data(args, size, ten_crop=False, labelled=True):
-    """The training and the validation set of --data and --val-data, of pictures of size x size. `shapes`, or
-    folders of one sub-folder a class. Without a validation folder every 20th image is held out, but never a
-    class's only one. labelled: the classes of the validation set matter."""
+    """-> training and validation set of --data and --val-data, of pictures of size x size. Without a folder
+    for validation every 20th image is held out, but never a class's only one. labelled: classes matter."""
     if args.data == "shapes":
         if args.val_data or ten_crop:
             raise InputError("--val-data and --ten-crop go with image folders, not with built-in pictures")
@@ -364,8 +357,7 @@ def outlive_signals(worker):
 def batches(read, keys, workers=0):
     """Iterate over batches of read(*key), one for each list in `keys`, read by so many other processes."""
     loader = DataLoader(Reader(read), sampler=keys, batch_size=None, num_workers=workers,
-                        worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available(),
-                        prefetch_factor=4 if workers else None)
+                        worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available())
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
@@ -379,8 +371,7 @@ def to_float(images, device):
 
 class TokenCache:
     """Tokens of a data set, (images, crops, N) in the memory-mapped `folder`/tokens.npy, and its labels. All
-    ranks build what is missing; another run waits meanwhile. InputError for a damaged cache, or of other
-    things. A picture that stands in for an unreadable one is noted in stand_ins.txt."""
+    ranks build what is missing; another run waits meanwhile. InputError for a cache of other things."""
     def __init__(self, folder, dataset, tokenizer, device, workers=0, batch_size=64):
         self.folder, self.path, note = folder, f"{folder}/tokens.npy", f"{folder}/cache.json"
         self.labels, self.files = dataset.labels, dataset.files
@@ -393,7 +384,7 @@ class TokenCache:
             for other in set(os.listdir(folder)) - {"tokens.npy", "lock"}:
                 raise InputError(f"{folder} holds {other}; name an empty or new folder with --cache")
             dtype = np.uint16 if self.codebook_size < 2 ** 16 else np.uint32
-            create_array(self.path, dtype, shape, np.iinfo(dtype).max)
+            create_array(self.path, dtype, shape, self.codebook_size)        # which is no token
             replace_file(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         barrier()
         try:
@@ -430,7 +421,7 @@ class TokenCache:
         rows = [missing[span] for span in rank_spans(len(missing), micro)]
         stream = batches(dataset.read_crops, [indices[:, None] for indices in rows], workers)
         for indices, (images, sources) in zip(progress_bar(rows, "tokens", micro), stream):
-            with open(f"{self.folder}/stand_ins.txt", "a") as file:
+            with open(f"{self.folder}/stand_ins.txt", "a") as file:          # for unreadable pictures
                 for index, source in zip(indices, sources.tolist()):
                     if index != source:
                         print(dataset.paths[source], "for", dataset.paths[index], file=file)
@@ -622,12 +613,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 def keep_memory():
-    """glibc returns freed memory to the system, and gets it back page by page at the next step. Have it keep
-    the memory (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX). Other systems have no such settings."""
-    with contextlib.suppress(OSError, AttributeError):
+    """Have glibc keep freed memory: to get it back from the system page by page slows down every step."""
+    with contextlib.suppress(OSError, AttributeError):                       # there is no glibc elsewhere
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for parameter, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-4, 0)):
-            mallopt(parameter, value)
+            mallopt(parameter, value)         # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 
 def start(args):
     """Join the ranks, if torchrun started them, and fill in --dtype. -> device"""
@@ -717,9 +707,8 @@ def distribute(model):
 
 def prepare(modules, steps, args, device):
     """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again.
-    torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes.
-    Where a CPU has no compiler, PyTorch says so and goes on without."""
-    torch._dynamo.config.suppress_errors = device.type != "cuda"
+    torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes."""
+    torch._dynamo.config.suppress_errors = device.type != "cuda"             # a CPU may have no compiler
     for module in modules:
         if args.grad_checkpoint:
             for block in module.blocks:
@@ -734,8 +723,8 @@ def check_finite(name, value):
 def check_bad_steps(in_row):
     """InputError when ten steps in a row (ours) were skipped, because their gradient was not finite."""
     if in_row == 10:
-        raise InputError("10 steps in a row had gradients that are not finite; --resume goes on from "
-                         "the last save, if any; if it happens again, start anew with a lower --lr")
+        raise InputError("10 steps in a row had gradients that are not finite; --resume goes on from the "
+                         "last save, if any; if it happens again, start anew with a lower --lr")
 
 # ---- Files ---------------------------------------------------------------------------------------
 
@@ -805,10 +794,8 @@ def file_digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# A checkpoint is a dict: {"kind": "tokenizer" or "ar", "config": dict, "model": state dict, and more}.
-
 def save_checkpoint(path, **content):
-    """Write a checkpoint. Rank 0 does it, the others wait."""
+    """Write {"kind": "tokenizer" or "ar", "config": dict, "model": state dict, ...}. Other ranks wait."""
     replace_file(path, lambda file: torch.save(content, file))
     barrier()
 
@@ -846,9 +833,8 @@ def load_checkpoint(path, kind, from_released=None):
     return content
 
 def load_weights(model, state, path):
-    """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape. A
-    model on the device "meta" has no weights of its own: it takes those of `state` as they are."""
-    try:
+    """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape."""
+    try:                                      # on the device "meta" a model has none and takes these
         model.load_state_dict(state, assign=next(model.parameters()).is_meta)
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model: {' '.join(str(error).split())[:1500]}") from None

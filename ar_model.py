@@ -268,9 +268,7 @@ def image_uniforms(seed, images, num_tokens):
 # ---- Checkpoints ------------------------------------------------------------------------------------
 
 def from_released(state):
-    """A released state dict (alitok_{b,l,xl}.bin), whose names are ours -> a checkpoint of ours, or None."""
-    if "output.weight" not in state:
-        return None
+    """A released state dict (alitok_{b,l,xl}.bin), whose names are ours -> ours. KeyError for others."""
     codes, width = state["output.weight"].shape
     num_classes = len(state["embeddings.weight"]) - codes - 2
     heads = width // len(state["blocks.0.attn.q_norm.weight"])

@@ -3,8 +3,7 @@
 Notable:
 - A built-in data set, `shapes`, needs no download: drawn pictures, each a function of (seed, split, index).
 - Every random choice follows from (seed, epoch, index): workers, ranks, resumed runs see the same pictures.
-- The token cache is one memory-mapped array. Rows not written yet hold the
-  largest number, so a killed build can go on.
+- The token cache is one memory-mapped array. Rows not written yet hold what is no token.
 """
 import argparse
 import collections
@@ -19,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import sys
@@ -29,6 +27,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,7 +35,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
@@ -49,8 +47,7 @@ def generator(stream, *ids):
     return np.random.default_rng([zlib.crc32(stream.encode()), *ids])
 
 def generation_order(grid):
-    """The patch of each image token, in the order of generation: (grid * grid,) of row * grid + column.
-    Tokenizer, rotary table and film follow this one function."""
+    """Row * grid + column of the patch of each image token: (grid * grid,). All code follows this order."""
     return torch.arange(grid ** 2)
 
 # ---- Built-in pictures. The digits of a class are shape, colour, background. ---------------------
@@ -163,15 +160,13 @@ def image_files(folder):
             else:
                 others[suffix or name] += 1
     names = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    others = ", ".join(f"{count} {kind}" for kind, count in others.most_common()) or "nothing"
     say(f"{folder}: {len(paths):,} pictures in {len(names)} folders ({', '.join(names[:3])}, ...); left out: "
-        + others, sys.stderr)
+        f"{dict(others.most_common()) or 'nothing'}", sys.stderr)
     return sorted(paths)
 
 def is_inside(path, folder):
     """Whether a path is the folder or lies below it, links resolved."""
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath([path, folder]) == folder
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 def read_image(path):
     """Any image file as an upright RGB PIL image. 16-bit greys become 8-bit, transparency becomes white.
@@ -197,18 +192,14 @@ def to_tensor(pixels):
     """(H, W, 3) array or PIL image -> (3, H, W) tensor."""
     return torch.from_numpy(np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1)))
 
-def shrink(image, size):
-    """ADM's resize of a PIL image's shorter side -> (3, H, W) uint8: box halvings, then bicubic."""
+def centre_crop(image, size):
+    """PIL image -> (3, size, size) uint8, as ADM prepares ImageNet: box halvings, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
-    return to_tensor(image.resize((width, height), Image.BICUBIC))
-
-def centre_crop(image, size):
-    """PIL image -> (3, size, size) uint8, as ADM prepares ImageNet."""
-    pixels = shrink(image, size)
-    top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
+    pixels = to_tensor(image.resize((width, height), Image.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
     return pixels[:, top:top + size, left:left + size]
 
 def random_crop(image, size, rng):
@@ -223,30 +214,29 @@ def five_crops(image, size):
     """The paper's (5, 3, size, size) uint8 of a PIL image: corners and middle of a 1.1 times larger crop."""
     wide = int(1.1 * size)
     pixels, far, middle = centre_crop(image, wide), wide - size, (wide - size) // 2
-    corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
-    return torch.stack([pixels[:, top:top + size, left:left + size] for top, left in corners])
+    places = [*itertools.product((0, far), repeat=2), (middle, middle)]
+    return torch.stack([pixels[:, top:top + size, left:left + size] for top, left in places])
 
 class ImageFolder:
     """Pictures of one split. Training takes a random crop and flip, validation the centre. The token cache
     keeps the centre and its mirror image, or ten crops. paths: below `folder`; labels: class ids; arrays."""
     def __init__(self, split, folder, paths, labels, classes, size, args, ten_crop=False):
         self.training, self.folder, self.classes, self.size = split == "train", folder, classes, size
-        self.skip_bad, self.seed, self.ten_crop = args.skip_bad_images, args.seed, ten_crop
-        self.paths, self.labels = paths, labels                              # arrays, which workers share
-        self.crops = 10 if ten_crop else 2
-        digests, counts = [hashlib.sha256() for _ in classes], np.bincount(labels, minlength=len(classes))
+        self.skip_bad, self.seed, self.crops = args.skip_bad_images, args.seed, 10 if ten_crop else 2
+        self.paths, self.labels, self.files = paths, labels, {}              # arrays, which workers share
+        stamps = [[] for _ in classes]
         for path, label in zip(paths, labels):
             status = os.stat(os.path.join(folder, path))
-            digests[label].update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}\n"))
-        self.files = {f"{split} pictures of class {name}": f"{count}, {digest.hexdigest()[:8]}"
-                      for name, count, digest in zip(classes, counts, digests)}
+            stamps[label].append(f"{path} {status.st_size} {status.st_mtime_ns}\n")
+        for name, lines in zip(classes, stamps):
+            digest = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
+            self.files[f"{split} pictures of class {name}"] = f"{len(lines)}, {digest[:8]}"
 
     def __len__(self):
         return len(self.paths)
 
     def open(self, index):
-        """The picture at `index`; if it is unreadable and skip_bad, the next readable one of its class. And
-        the index of what was read."""
+        """-> the picture at `index`, or with skip_bad the next readable one of its class, and its index."""
         same = np.flatnonzero(self.labels == self.labels[index]) if self.skip_bad else [index]
         for other in np.roll(same, -np.searchsorted(same, index)):
             try:
@@ -258,7 +248,7 @@ class ImageFolder:
         raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.folder}")
 
     def read(self, epoch, index):
-        (image, _), label = self.open(index), int(self.labels[index])
+        (image, _), label = self.open(index), self.labels[index]
         if self.training:
             return random_crop(image, self.size, generator("crop", self.seed, epoch, index)), label
         return centre_crop(image, self.size), label
@@ -266,8 +256,8 @@ class ImageFolder:
     def read_crops(self, index):
         """-> (crops, 3, H, W) uint8, and the index of the picture that they are of."""
         image, source = self.open(index)
-        crops = five_crops(image, self.size) if self.ten_crop else centre_crop(image, self.size)[None]
-        return torch.cat([crops, crops.flip(-1)]), int(source)
+        crops = five_crops(image, self.size) if self.crops == 10 else centre_crop(image, self.size)[None]
+        return torch.cat([crops, crops.flip(-1)]), source
 
 def list_folder(folder, args):
     """-> class names (sorted), paths below the folder, a class id each. A folder without sub-folders is one
@@ -281,19 +271,18 @@ def list_folder(folder, args):
         paths = [path for path in paths if os.sep in path]
     if not paths:
         raise InputError(f"no images in {folder}: it needs a sub-folder a class, such as {folder}/cats/1.jpg")
-    names = [unicodedata.normalize("NFC", path.split(os.sep)[0] if folders else "pictures") for path in paths]
+    names = [path.split(os.sep)[0] if folders else "pictures" for path in paths]
+    for empty in {*folders} - {*names}:
+        raise InputError(f"no images in {folder}/{empty}: a sub-folder is a class of {IMAGE_SUFFIXES}")
+    names = [unicodedata.normalize("NFC", name) for name in names]
     classes, labels = np.unique(names, return_inverse=True)
-    if len(folders) > len(classes):
-        empty = sorted({*folders} - {path.split(os.sep)[0] for path in paths})
-        raise InputError(f"no images in {folder}/{empty[0]}: a sub-folder is a class of {IMAGE_SUFFIXES}")
-    if folders and all(path.count(os.sep) > 1 for path in paths):
+    if all(path.count(os.sep) > 1 for path in paths):
         say(f"note: every class in {folder} is a folder of folders. Is --data {folder}/{classes[0]} meant?")
     return classes.tolist(), np.array(paths), labels
 
 def open_data(args, size, ten_crop=False, labelled=True):
-    """The training and the validation set of --data and --val-data, of pictures of size x size. `shapes`, or
-    folders of one sub-folder a class. Without a validation folder every 20th image is held out, but never a
-    class's only one. labelled: the classes of the validation set matter."""
+    """-> training and validation set of --data and --val-data, of pictures of size x size. Without a folder
+    for validation every 20th image is held out, but never a class's only one. labelled: classes matter."""
     if args.data == "shapes":
         if args.val_data or ten_crop:
             raise InputError("--val-data and --ten-crop go with image folders, not with built-in pictures")
@@ -310,7 +299,7 @@ def open_data(args, size, ten_crop=False, labelled=True):
         held_out = not_alone[not_alone % 20 == 19]
         if not len(held_out):
             held_out = not_alone[-1:]
-        if not len(not_alone):
+        if not len(held_out):
             raise InputError(f"no class of {args.data} has two pictures, to hold one out; give --val-data")
         val = paths[held_out], labels[held_out]
         train = np.delete(paths, held_out), np.delete(labels, held_out)
@@ -346,7 +335,7 @@ def spread(n, count):
 def rank_spans(count, size):
     """This rank's share of `count` places: slices of at most `size`, which the ranks take in turn."""
     starts = range(rank() * size, count, world_size() * size)
-    return [slice(start, min(start + size, count)) for start in starts]
+    return [slice(start, start + size) for start in starts]
 
 class Reader:
     """Reads batches of keys; an unreadable image travels as its error, so that workers can't bury it."""
@@ -368,8 +357,7 @@ def outlive_signals(worker):
 def batches(read, keys, workers=0):
     """Iterate over batches of read(*key), one for each list in `keys`, read by so many other processes."""
     loader = DataLoader(Reader(read), sampler=keys, batch_size=None, num_workers=workers,
-                        worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available(),
-                        prefetch_factor=4 if workers else None)
+                        worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available())
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
@@ -383,47 +371,33 @@ def to_float(images, device):
 
 class TokenCache:
     """Tokens of a data set, (images, crops, N) in the memory-mapped `folder`/tokens.npy, and its labels. All
-    ranks build it where it is missing or unfinished; another run waits meanwhile. InputError for a cache of
-    other things. A picture that stands in for an unreadable one is noted in stand_ins.txt."""
+    ranks build what is missing; another run waits meanwhile. InputError for a cache of other things."""
     def __init__(self, folder, dataset, tokenizer, device, workers=0, batch_size=64):
-        config = tokenizer.config
-        self.path, self.note, self.folder = f"{folder}/tokens.npy", f"{folder}/cache.json", folder
-        self.labels, self.files, self.codebook_size = dataset.labels, dataset.files, config.codebook_size
-        shape = (len(dataset), dataset.crops, config.num_tokens)
+        self.folder, self.path, note = folder, f"{folder}/tokens.npy", f"{folder}/cache.json"
+        self.labels, self.files = dataset.labels, dataset.files
+        self.codebook_size = tokenizer.config.codebook_size
+        advice = f"delete {self.path} and {note} to build it anew"
+        shape = (len(dataset), dataset.crops, tokenizer.config.num_tokens)
         settings = {"tokenizer": tokenizer.fingerprint(), "shape": list(shape), **dataset.files}
         lock = take_lock(folder, wait=True)
-        if rank() == 0 and not os.path.exists(self.note):
-            others = set(os.listdir(folder)) - {"tokens.npy", "lock"}
-            if others:
-                raise InputError(f"{folder} holds {others.pop()}; name an empty or new folder with --cache")
-            dtype = np.uint16 if config.codebook_size < 2 ** 16 else np.uint32
-            create_array(self.path, dtype, shape, np.iinfo(dtype).max)
-            self.write_note(settings, finished=False)
+        if rank() == 0 and not os.path.exists(note):
+            for other in set(os.listdir(folder)) - {"tokens.npy", "lock"}:
+                raise InputError(f"{folder} holds {other}; name an empty or new folder with --cache")
+            dtype = np.uint16 if self.codebook_size < 2 ** 16 else np.uint32
+            create_array(self.path, dtype, shape, self.codebook_size)        # which is no token
+            replace_file(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         barrier()
         try:
-            with open(self.note) as file:
+            with open(note) as file:
                 saved = dict(json.load(file))
             self.tokens = open_array(self.path)
         except (ValueError, TypeError, EOFError, FileNotFoundError):
-            self.refuse()
-        finished = saved.pop("finished", False)
+            raise InputError(f"the token cache is damaged; {advice}") from None
         refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
-                       f"delete {self.path} and {self.note} to build it anew, or name another with --cache")
-        if self.tokens.shape != shape:
-            self.refuse()
-        if not finished:
+                       f"{advice}, or name another with --cache")
+        if len(self.missing()):
             self.build(dataset, tokenizer, device, workers, batch_size)
-            self.write_note(settings, finished=True)
-        barrier()
         lock.close()
-
-    def write_note(self, settings, finished):
-        if rank() == 0:
-            text = json.dumps({**settings, "finished": finished}, indent=1)
-            replace_file(self.note, lambda file: file.write(text.encode()))
-
-    def refuse(self):
-        raise InputError(f"the token cache is damaged; delete {self.path} and {self.note} to build it anew")
 
     def __len__(self):
         return len(self.tokens)
@@ -433,27 +407,21 @@ class TokenCache:
         indices = [index for _, index in keys]
         crops = (key_uniforms("crop choice", seed, keys, len(self)) * self.tokens.shape[1]).astype(np.int64)
         tokens = self.tokens[indices, crops].astype(np.int64)
-        if tokens.max() >= self.codebook_size:
-            self.refuse()
         batch = torch.from_numpy(tokens), torch.from_numpy(self.labels[indices])
         return [part.pin_memory() for part in batch] if torch.cuda.is_available() else batch
 
     def missing(self):
-        """Indices of the images of which not all tokens are written."""
-        unwritten = np.iinfo(self.tokens.dtype).max
-        return np.concatenate([np.flatnonzero((self.tokens[at:at + 4096] == unwritten).any(axis=(1, 2))) + at
-                               for at in range(0, len(self), 4096)])
+        """Indices of the images of which not all tokens are written, or some are damaged."""
+        return np.flatnonzero(self.tokens.max((1, 2)) >= self.codebook_size)
 
     def build(self, dataset, tokenizer, device, workers, batch_size):
         """Encode the images whose tokens are missing, every rank its share."""
-        missing = self.missing()
+        missing, micro = self.missing(), max(1, batch_size // dataset.crops)
         barrier()                             # every rank has the same list before one of them shortens it
-        share = np.array_split(missing, world_size())[rank()]
-        micro = max(1, batch_size // dataset.crops)
-        rows = [share[at:at + micro] for at in range(0, len(share), micro)]
+        rows = [missing[span] for span in rank_spans(len(missing), micro)]
         stream = batches(dataset.read_crops, [indices[:, None] for indices in rows], workers)
         for indices, (images, sources) in zip(progress_bar(rows, "tokens", micro), stream):
-            with open(f"{self.folder}/stand_ins.txt", "a") as file:
+            with open(f"{self.folder}/stand_ins.txt", "a") as file:          # for unreadable pictures
                 for index, source in zip(indices, sources.tolist()):
                     if index != source:
                         print(dataset.paths[source], "for", dataset.paths[index], file=file)
@@ -461,8 +429,9 @@ class TokenCache:
             write_rows(self.tokens, indices, ids.unflatten(0, images.shape[:2]).cpu().numpy())
         barrier()
         self.tokens = open_array(self.path)   # with what other hosts wrote
-        if len(self.missing()):
-            raise InputError(f"{len(self.missing())} rows of {self.path} are not on the disk; run this again")
+        missing = self.missing()
+        if len(missing):
+            raise InputError(f"{len(missing)} rows of {self.path} are not on the disk; run this again")
 
 # ==== What both models need =======================================================================
 
@@ -508,22 +477,20 @@ def pack_linears(model):
 
 # ==== What every run needs ========================================================================
 
-class Screen:
-    """stdout or stderr. When whoever reads them has gone, as after Ctrl-C in `| tee log`, the run goes on."""
-    def __init__(self, stream):
-        self.stream = stream
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")     # a class name may have letters it can't show
+def outlive_reader(stream):
+    """When whoever reads stdout or stderr has gone, as after Ctrl-C in `| tee log`, the run goes on."""
+    write = stream.write
+    with contextlib.suppress(AttributeError):
+        stream.reconfigure(errors="backslashreplace")         # a class name may have letters it can't show
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
+    def write_or_drop(text):
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            write(text)
+            stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    stream.write = write_or_drop
 
 HINTS = {"out of memory": "give a smaller --batch-size; when training, a larger --accum or --grad-checkpoint",
          "shared memory": "give --workers 0, or more shared memory (docker run --shm-size=8g)",
@@ -532,7 +499,8 @@ HINTS = {"out of memory": "give a smaller --batch-size; when training, a larger 
 def run(main):
     """Call main() as a command. Exit codes: 2 with a line on stderr for an InputError or what the system
     refuses, 128 + the signal for a run that stopped and has saved, 1 with a traceback for our mistakes."""
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    outlive_reader(sys.stdout)
+    outlive_reader(sys.stderr)
     code = 0
     try:
         main()
@@ -552,7 +520,6 @@ def run(main):
         if not code:
             barrier()
             time.sleep(0.5)                   # leaving at once can cut off what another rank has yet to read
-        sys.stdout.flush()
         os._exit(code)                        # others may wait for a failed rank, and gloo may abort an exit
     if code:
         sys.exit(code)
@@ -613,11 +580,10 @@ def add_run_arguments(parser):
     add_device_arguments(parser)
 
 def add_device_arguments(parser):
-    add = parser.add_argument
-    add("--device", **DEVICE)
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the matrix work; auto is bfloat16 where the hardware is fast at it")
-    add("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
+    parser.add_argument("--device", **DEVICE)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                        help="of the matrix work; auto is bfloat16 where the hardware is fast at it")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile")
 
 # What decides the result, so that a resumed run must not change it. The number of steps may change.
 FIXED = "batch_size lr warmup clip seed dtype".split()
@@ -647,12 +613,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 def keep_memory():
-    """glibc returns freed memory to the system, and gets it back page by page at the next step. Have it keep
-    the memory (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX). Other systems have no such settings."""
-    with contextlib.suppress(OSError, AttributeError):
+    """Have glibc keep freed memory: to get it back from the system page by page slows down every step."""
+    with contextlib.suppress(OSError, AttributeError):                       # there is no glibc elsewhere
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for parameter, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-4, 0)):
-            mallopt(parameter, value)
+            mallopt(parameter, value)         # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 
 def start(args):
     """Join the ranks, if torchrun started them, and fill in --dtype. -> device"""
@@ -662,9 +627,8 @@ def start(args):
         if on_gpu:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        patience = datetime.timedelta(hours=2)           # with another rank's download
-        # gloo for what need not wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # gloo does not wait for the GPU
+                                timeout=datetime.timedelta(hours=2))         # with another rank's download
     parts = world_size() * args.accum if "accum" in args else 1
     if args.batch_size % parts:
         raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {world_size()} ranks in "
@@ -700,7 +664,7 @@ def say(text, file=None):
         tqdm.write(text, file)
 
 # Of schedulers, of Ctrl-C, of a terminal that is closed.
-STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
+STOP_SIGNALS = [signal.Signals[f"SIG{name}"] for name in "TERM INT HUP USR1 USR2 XCPU".split()]
 
 class StopFlag:
     """Notes the first signal to stop, for the loop to save and leave. A second one ends the process, unless
@@ -712,10 +676,10 @@ class StopFlag:
                 signal.signal(number, self.note)
 
     def note(self, number, frame):
-        if self.signal and time.monotonic() > self.noted + 1:
-            os._exit(128 + number)
         if not self.signal:
             self.signal, self.noted = number, time.monotonic()
+        elif time.monotonic() > self.noted + 1:
+            os._exit(128 + number)
 
     def read(self, step):
         """The signal that any rank got, or 0. Several ranks tell each other when they log, not every step."""
@@ -739,13 +703,12 @@ def learning_rate(step, steps, warmup, peak, final):
 
 def distribute(model):
     """The model for training on several ranks, as it is on one."""
-    return DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
 
 def prepare(modules, steps, args, device):
     """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again.
-    torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes.
-    Where a CPU has no compiler, PyTorch says so and goes on without."""
-    torch._dynamo.config.suppress_errors = device.type != "cuda"
+    torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes."""
+    torch._dynamo.config.suppress_errors = device.type != "cuda"             # a CPU may have no compiler
     for module in modules:
         if args.grad_checkpoint:
             for block in module.blocks:
@@ -757,17 +720,19 @@ def check_finite(name, value):
     if not math.isfinite(value):
         raise InputError(f"{name} is not finite: training has diverged; start anew with a lower --lr")
 
-def check_bad_steps(in_row, limit=10):
-    """InputError when so many steps in a row (ours) were skipped, because their gradient was not finite."""
-    if in_row == limit:
-        raise InputError(f"{in_row} steps in a row had gradients that are not finite; --resume goes on from "
-                         "the last save, if any; if it happens again, start anew with a lower --lr")
+def check_bad_steps(in_row):
+    """InputError when ten steps in a row (ours) were skipped, because their gradient was not finite."""
+    if in_row == 10:
+        raise InputError("10 steps in a row had gradients that are not finite; --resume goes on from the "
+                         "last save, if any; if it happens again, start anew with a lower --lr")
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 def replace_file(path, write):
-    """write(file) aside, sync, then rename: `path` holds the old content or the new, never half of one.
-    InputError when it can't be written; the old content is then untouched."""
+    """write(file) aside, sync, then rename: `path` holds the old content or the new, never half of one. Rank
+    0 does it. InputError when it can't be written; the old content is then untouched."""
+    if rank() > 0:
+        return
     folder, aside = os.path.dirname(os.path.abspath(path)), f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(folder, exist_ok=True)
@@ -792,19 +757,18 @@ def take_lock(folder, wait=False):
     file = open(f"{folder}/lock", "a+")
     if rank() == 0:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = f"{folder} is in use by {file.read()}"
             if not wait:
                 raise InputError(f"{holder}; wait for it, or choose another folder") from None
             say(f"{holder}: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.lockf(file, fcntl.LOCK_EX)
         file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
-        for name in os.listdir(folder):
-            if name.endswith(".tmp"):
-                os.remove(f"{folder}/{name}")
+        print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+        for path in Path(folder).glob("*.tmp"):
+            path.unlink()
     return file
 
 def create_array(path, dtype, shape, fill):
@@ -813,8 +777,7 @@ def create_array(path, dtype, shape, fill):
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     write_rows(array, range(shape[0]), itertools.repeat(np.full(shape[1:], fill)))
 
-def open_array(path):
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+open_array = functools.partial(np.load, mmap_mode="r", allow_pickle=False)
 
 def write_rows(array, indices, rows):
     """Write rows of a memory-mapped .npy to its file. Through the map the system would write whole pages: on
@@ -831,12 +794,9 @@ def file_digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# A checkpoint is a dict: {"kind": "tokenizer" or "ar", "config": dict, "model": state dict, and more}.
-
 def save_checkpoint(path, **content):
-    """Write a checkpoint. Rank 0 does it, the others wait."""
-    if rank() == 0:
-        replace_file(path, lambda file: torch.save(content, file))
+    """Write {"kind": "tokenizer" or "ar", "config": dict, "model": state dict, ...}. Other ranks wait."""
+    replace_file(path, lambda file: torch.save(content, file))
     barrier()
 
 def in_dtype(state, dtype):
@@ -854,30 +814,27 @@ def read_torch(path):
                          f"({' '.join(str(error).split())[:300]})") from None
     return content
 
-def load_checkpoint(path, kind, from_released=lambda state: None):
+def load_checkpoint(path, kind, from_released=None):
     """-> the dict that `save_checkpoint` wrote. InputError for anything but a checkpoint of this kind.
-    from_released: turns the content of a file of the authors into such a dict, or returns None."""
+    from_released: turns the weights in a file of the authors into such a dict. KeyError for others."""
     if not os.path.isfile(path):
         raise InputError(f"no such checkpoint: {path} (train_{kind}.py writes it)")
     content = read_torch(path)
-    if "kind" not in content:
-        for name in ("model_state", "model", "ema"):              # where training code keeps the weights
-            content = content.get(name, content)
-        content = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): content[name] for name in content}
-        try:
-            content = from_released(content)
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{path}, a released file, does not fit the model: {error!r}") from None
-    elif content["kind"] != kind:
-        content = None
-    if content is None:
-        raise InputError(f"{path} is not a checkpoint of kind '{kind}', nor a released one")
+    try:
+        if from_released and "kind" not in content:
+            for name in ("model_state", "model", "ema"):          # where training code keeps the weights
+                content = content.get(name, content)
+            weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): content[name] for name in content}
+            return from_released(weights)
+        if content["kind"] != kind:
+            raise ValueError(f"kind '{content['kind']}'")
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} does not fit: no checkpoint of kind '{kind}', nor a released one: {error!r}") from None
     return content
 
 def load_weights(model, state, path):
-    """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape. A
-    model on the device "meta" has no weights of its own: it takes those of `state` as they are."""
-    try:
+    """load_state_dict; InputError that lists the tensors that are missing, unexpected or of another shape."""
+    try:                                      # on the device "meta" a model has none and takes these
         model.load_state_dict(state, assign=next(model.parameters()).is_meta)
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model: {' '.join(str(error).split())[:1500]}") from None
@@ -885,9 +842,9 @@ def load_weights(model, state, path):
 def load_fitting(model, state):
     """Take over the tensors of a state dict that fit a model by name and shape; the others stay."""
     own = model.state_dict()
-    own.update((name, value) for name, value in state.items()
-               if name in own and value.shape == own[name].shape)
-    model.load_state_dict(own)
+    fitting = {name: value for name, value in state.items()
+               if name in own and value.shape == own[name].shape}
+    model.load_state_dict(fitting, strict=False)
 
 def load_training_state(path, kind, fixed, steps):
     """The state that --resume goes on from; None, with a word, when there is none yet. InputError when ranks
@@ -897,7 +854,7 @@ def load_training_state(path, kind, fixed, steps):
     if over_ranks([step])[0] != step * world_size():
         raise InputError(f"ranks see different contents in {path}; --out must be one folder for all of them")
     if state:
-        refuse_changes(f"{path} was trained with other settings", state.get("fixed", {}), fixed,
+        refuse_changes(f"{path} was trained with other settings", state["fixed"], fixed,
                        "resume with the old ones, or start anew in another --out")
         if step > steps:
             raise InputError(f"{path} has done {step} steps, more than --steps {steps}; give {step} or more")
@@ -910,14 +867,12 @@ class Log:
     its lines of later steps, so the log reads as if nothing had happened."""
     def __init__(self, path, run, step):
         self.path, self.run, kept = path, run, []
-        if rank() == 0:
-            if os.path.exists(path):
-                with open(path, "rb") as file:
-                    lines = [line for line in file if line.strip() and line.endswith(b"\n")]
-                entries = map(json.loads, lines)
-                kept = [line for line, entry in zip(lines, entries)
-                        if entry["run"] != run or entry["step"] <= step]
-            replace_file(path, lambda file: file.writelines(kept))
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                lines = [line for line in file if line.strip() and line.endswith(b"\n")]
+            kept = [line for line, entry in zip(lines, map(json.loads, lines))
+                    if entry["run"] != run or entry["step"] <= step]
+        replace_file(path, lambda file: file.writelines(kept))
 
     def write(self, step, **values):
         if rank() == 0:
@@ -927,18 +882,19 @@ class Log:
 def grid_image(images, columns):
     """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between.
     Small ones are enlarged to 128 pixels or more."""
-    missing, zoom = -len(images) % columns, -(-128 // min(128, images.shape[-1]))
-    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    cells = F.pad(images.float().cpu().clamp(0, 1), (0, 2, 0, 2, 0, 0, 0, missing), value=1)
-    rows = cells.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)                          # (r, H, c, W, 3)
-    sheet = F.pad(rows.flatten(0, 1).flatten(1, 2), (0, 0, 2, 0, 2, 0), value=1)
-    return to_image(sheet.permute(2, 0, 1))
+    zoom = -(-128 // min(128, images.shape[-1]))
+    height, width = (side * zoom + 2 for side in images.shape[2:])           # with the line
+    sheet = Image.new("RGB", (columns * width + 2, -(-len(images) // columns) * height + 2), "white")
+    for k, image in enumerate(images):
+        row, column = divmod(k, columns)
+        tile = ImageOps.scale(to_image(image), zoom, Image.NEAREST)
+        sheet.paste(tile, (column * width + 2, row * height + 2))
+    return sheet
 
 def to_image(pixels):
     """(3, H, W) in [0, 1] -> a PIL image."""
     return Image.fromarray((pixels.permute(1, 2, 0).cpu() * 255).round().byte().numpy())
 
 def save_picture(path, picture):
-    """A PIL image -> a PNG file. Rank 0 writes."""
-    if rank() == 0:
-        replace_file(path, lambda file: picture.save(file, "PNG"))
+    """A PIL image -> a PNG file, on rank 0."""
+    replace_file(path, lambda file: picture.save(file, "PNG"))

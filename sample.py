@@ -54,10 +54,10 @@ def class_id(word, model):
 def paint(model, tokenizer, pictures, args, device, kept=None):
     """Paint this rank's share of `pictures`, a list of (number k, class id). kept: first tokens of each, or
     None. Yields, batch by batch, numbers (array), tokens (B, N) int64, images (B, 3, H, W) uint8."""
-    mine = np.array_split(pictures, data.world_size())[data.rank()]
-    compiled = args.compile and device.type == "cuda" and len(mine) >= 8 * args.batch_size       # ours
-    for at in data.progress_bar(range(0, len(mine), args.batch_size), "painting", args.batch_size):
-        numbers, classes = mine[at:at + args.batch_size].T
+    spans = data.rank_spans(len(pictures), args.batch_size)
+    compiled = args.compile and device.type == "cuda" and len(spans) >= 8    # ours
+    for span in data.progress_bar(spans, "painting", args.batch_size):
+        numbers, classes = np.transpose(pictures[span])
         uniforms = image_uniforms(args.seed, numbers, model.config.num_tokens)
         tokens = model.generate(torch.tensor(classes), uniforms, **args.sampling,
                                 kept=None if kept is None else kept[numbers],
@@ -156,8 +156,7 @@ def paint_gif(model, tokenizer, ids, args, device):
         frames.append(data.grid_image(so_far(shown, strip, tokenizer, known), columns))
     durations = [60] * config.num_tokens + [600, 3000]                       # in ms
     film = dict(save_all=True, append_images=frames[1:], loop=0, duration=durations)
-    if data.rank() == 0:
-        data.replace_file(args.paint, lambda file: frames[0].save(file, "GIF", **film))
+    data.replace_file(args.paint, lambda file: frames[0].save(file, "GIF", **film))
     return args.paint
 
 def read_pictures(path, size, count):

@@ -408,9 +408,7 @@ RELEASED_NAMES = dict(line.split() for line in """
 
 def from_released(released):
     """A released state dict -> a checkpoint of ours. Widths, depths, codebook, tokens and patch come from the
-    shapes. None if this is no such file."""
-    if "quantize.embedding.weight" not in released:
-        return None
+    shapes. KeyError if this is no such file."""
     state = {}
     for name, value in released.items():
         for theirs, ours in RELEASED_NAMES.items():

@@ -8,7 +8,7 @@
 Notable:
 - The numbers are those of ADM's evaluator. Its network is the Inception of 2015-12-05, not torchvision's:
   average pools leave padding out, the last block pools with max, pictures are resized as by TensorFlow 1.
-- Images pass by in batches; what stays in memory is 16 kB of features an image.
+- Images pass by in batches; what stays in memory is 8 kB of features an image.
 - The Inception Score is averaged over runs of 5000 images in file order, so classes must be well mixed.
 - ConvNeXt and LPIPS, which the tokenizer's losses use, stand here too.
 """

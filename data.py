@@ -160,8 +160,9 @@ def image_files(folder):
             else:
                 others[suffix or name] += 1
     names = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
+    others = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
     say(f"{folder}: {len(paths):,} pictures in {len(names)} folders ({', '.join(names[:3])}, ...); left out: "
-        f"{dict(others.most_common()) or 'nothing'}", sys.stderr)
+        f"{others or 'nothing'}", sys.stderr)
     return sorted(paths)
 
 def is_inside(path, folder):
@@ -773,7 +774,6 @@ def take_lock(folder, wait=False):
 
 def create_array(path, dtype, shape, fill):
     """A new .npy of one value. It takes its room on the disk now: a full disk says so here."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     write_rows(array, range(shape[0]), itertools.repeat(np.full(shape[1:], fill)))
 
@@ -829,7 +829,8 @@ def load_checkpoint(path, kind, from_released=None):
         if content["kind"] != kind:
             raise ValueError(f"kind '{content['kind']}'")
     except (KeyError, ValueError) as error:
-        raise InputError(f"{path} does not fit: no checkpoint of kind '{kind}', nor a released one: {error!r}") from None
+        raise InputError(f"{path} does not fit: it is no checkpoint of kind '{kind}', nor a released one "
+                         f"({error!r})") from None
     return content
 
 def load_weights(model, state, path):

@@ -261,8 +261,7 @@ class ImageFolder:
         return torch.cat([crops, crops.flip(-1)]), source
 
 def list_folder(folder, args):
-    """-> class names (sorted), paths below the folder, a class id each. A folder without sub-folders is one
-    class. InputError for an empty class, and for --out or --cache below the folder."""
+    """-> class names (sorted), paths below the folder, class ids. Without sub-folders it is one class."""
     for flag in ("out", "cache"):
         place = getattr(args, flag, None)
         if place and is_inside(place, folder):
@@ -375,10 +374,9 @@ class TokenCache:
     ranks build what is missing; another run waits meanwhile. InputError for a cache of other things."""
     def __init__(self, folder, dataset, tokenizer, device, workers=0, batch_size=64):
         self.folder, self.path, note = folder, f"{folder}/tokens.npy", f"{folder}/cache.json"
-        self.labels, self.files = dataset.labels, dataset.files
-        self.codebook_size = tokenizer.config.codebook_size
+        config, self.labels, self.files = tokenizer.config, dataset.labels, dataset.files
+        self.codebook_size, shape = config.codebook_size, (len(dataset), dataset.crops, config.num_tokens)
         advice = f"delete {self.path} and {note} to build it anew"
-        shape = (len(dataset), dataset.crops, tokenizer.config.num_tokens)
         settings = {"tokenizer": tokenizer.fingerprint(), "shape": list(shape), **dataset.files}
         lock = take_lock(folder, wait=True)
         if rank() == 0 and not os.path.exists(note):
@@ -430,9 +428,8 @@ class TokenCache:
             write_rows(self.tokens, indices, ids.unflatten(0, images.shape[:2]).cpu().numpy())
         barrier()
         self.tokens = open_array(self.path)   # with what other hosts wrote
-        missing = self.missing()
-        if len(missing):
-            raise InputError(f"{len(missing)} rows of {self.path} are not on the disk; run this again")
+        if len(self.missing()):
+            raise InputError(f"not all rows of {self.path} are on the disk; run this again")
 
 # ==== What both models need =======================================================================
 
@@ -522,8 +519,7 @@ def run(main):
             barrier()
             time.sleep(0.5)                   # leaving at once can cut off what another rank has yet to read
         os._exit(code)                        # others may wait for a failed rank, and gloo may abort an exit
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 # ---- Command line --------------------------------------------------------------------------------
 
@@ -600,8 +596,7 @@ def refuse_overwrite(resume, state, *others):
     """InputError when a training would replace files of another: it must resume the state, or find none."""
     if not (resume and os.path.exists(state)):
         for path in filter(os.path.exists, (state, *others)):
-            raise InputError(f"{path} is there already: --resume goes on from {state}, another --out starts "
-                             "anew")
+            raise InputError(f"{path} is there already: --resume continues {state}, a new --out starts anew")
 
 # ---- Ranks, devices, signals ---------------------------------------------------------------------
 
@@ -664,12 +659,11 @@ def say(text, file=None):
     if rank() == 0:
         tqdm.write(text, file)
 
-# Of schedulers, of Ctrl-C, of a terminal that is closed.
 STOP_SIGNALS = [signal.Signals[f"SIG{name}"] for name in "TERM INT HUP USR1 USR2 XCPU".split()]
 
 class StopFlag:
-    """Notes the first signal to stop, for the loop to save and leave. A second one ends the process, unless
-    it comes within a second: torchrun and the terminal may both deliver the first."""
+    """Notes the first signal to stop (scheduler, Ctrl-C, a closed terminal), for the loop to save. A second
+    one ends the process, unless it comes within a second: torchrun and the terminal may both deliver one."""
     def __init__(self):
         self.signal = self.noted = 0
         for number in STOP_SIGNALS:
@@ -843,13 +837,11 @@ def load_weights(model, state, path):
 def load_fitting(model, state):
     """Take over the tensors of a state dict that fit a model by name and shape; the others stay."""
     own = model.state_dict()
-    fitting = {name: value for name, value in state.items()
-               if name in own and value.shape == own[name].shape}
-    model.load_state_dict(fitting, strict=False)
+    fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    model.load_state_dict(fits, strict=False)
 
 def load_training_state(path, kind, fixed, steps):
-    """The state that --resume goes on from; None, with a word, when there is none yet. InputError when ranks
-    see different files, when `fixed` is not what it was, and beyond `steps`."""
+    """The state that --resume goes on from, or None. InputError if `fixed` differs, and beyond `steps`."""
     state = load_checkpoint(path, kind) if os.path.exists(path) else None
     step = state["step"] if state else 0
     if over_ranks([step])[0] != step * world_size():
@@ -864,8 +856,7 @@ def load_training_state(path, kind, fixed, steps):
     return state
 
 class Log:
-    """`log.jsonl`, a JSON object a line: {"run": ..., "step": ..., ...}. Rank 0 writes. A resumed run drops
-    its lines of later steps, so the log reads as if nothing had happened."""
+    """`log.jsonl`, a JSON object a line. Rank 0 writes. A resumed run drops its lines of later steps."""
     def __init__(self, path, run, step):
         self.path, self.run, kept = path, run, []
         if os.path.exists(path):
@@ -881,8 +872,7 @@ class Log:
                 file.write(json.dumps({"run": self.run, "step": step, **values}) + "\n")
 
 def grid_image(images, columns):
-    """Images (n, 3, H, W) in [0, 1] -> a PIL image of them all, `columns` a row, with white lines between.
-    Small ones are enlarged to 128 pixels or more."""
+    """Images (n, 3, H, W) in [0, 1] -> a PIL image, `columns` a row, each enlarged to 128 pixels or more."""
     zoom = -(-128 // min(128, images.shape[-1]))
     height, width = (side * zoom + 2 for side in images.shape[2:])           # with the line
     sheet = Image.new("RGB", (columns * width + 2, -(-len(images) // columns) * height + 2), "white")

@@ -3,8 +3,7 @@
 Notable:
 - Row t of the output is the distribution of token t; the sequence is [class, token 0 ... token N-1].
 - Rotary positions have one dimension for the prefix and two (half a head each) for the image.
-- Sampling inverts the cumulative distribution at one uniform number a token. So an image's randomness is N
-  numbers, which `image_uniforms` derives from (seed, image) alone.
+- Sampling inverts the cumulative distribution at one uniform number a token, see `image_uniforms`.
 
 In shapes: B images, T tokens so far, N tokens an image, V codes, H heads of D numbers, C = H * D.
 """
@@ -66,8 +65,7 @@ def rotary_table(grid, prefix_tokens, head_dim):
     return F.pad(torch.stack([theta.cos(), theta.sin()]), (0, 0, 1, 0)).float()
 
 def rotate(x, table):
-    """Turn the pairs (x0, x1), (x2, x3), ... of x (B, H, T, D) by the angles of table (2, T, D/2).
-    For one position, T = 1, it may be (2, D/2)."""
+    """Turn the pairs (x0, x1), (x2, x3), ... of x (B, H, T, D) by the angles of table (2, T or none, D/2)."""
     cos, sin = table                       # float32, and so is the rotation: bfloat16 blurs positions
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -207,8 +205,7 @@ class ARModel(nn.Module):
         cfg_power = config.cfg_power if cfg_power is None else cfg_power
         if uniforms is None:
             uniforms = torch.rand(B, N, dtype=torch.float64)
-        uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
-        classes, strengths = classes.to(device), [None] * N
+        uniforms, classes, strengths = uniforms.to(device), classes.to(device), [None] * N
         if cfg_scale != 1:
             classes = torch.cat([classes, torch.full_like(classes, config.num_classes)])
             strengths = torch.tensor([guidance(t, N, cfg_scale, cfg_power) for t in range(N)], device=device)
@@ -230,9 +227,8 @@ class ARModel(nn.Module):
         return tokens
 
 def start_from(model, old, classes):
-    """Fine-tuning: take over from the model `old` every tensor that fits. A class of `classes` (names) that
-    `old` knows keeps its row of the embeddings; the others start as its null class. Where `old` has no names
-    and as many classes, they count as the same."""
+    """Fine-tuning: take over from the model `old` every tensor that fits. Names of `classes` that it knows
+    keep their embedding; others start as its null class. Nameless classes, if as many, count as the same."""
     load_fitting(model, old.state_dict())
     first, null = old.config.codebook_size + 1, old.config.num_classes
     if old.output.weight.shape == model.output.weight.shape:

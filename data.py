@@ -536,7 +536,7 @@ def number(kind, low, high=math.inf):
 
 HelpFormatter = argparse.RawDescriptionHelpFormatter
 positive, natural = number(int, 1), number(int, 0)
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"]
 DEVICE = dict(choices=DEVICES, default=DEVICES[0], help="(%(default)s)")
 SEED = dict(type=number(int, 0, 2 ** 63), default=0, help="of all random choices (%(default)s)")
 WORKERS = dict(type=natural, default=8 if "cuda" in DEVICES else 0,
@@ -548,8 +548,7 @@ def preset_parser(doc, presets):
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, add_help=False)
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--preset", choices=presets, default="tiny", help="shape of the model, and its recipe")
-    shape.add_argument("--init", dest="init_from", metavar="CHECKPOINT",
-                       help="fine-tune this model, of ours or a released one")
+    shape.add_argument("--init", dest="init_from", metavar="FILE", help="fine-tune this checkpoint")
     parser.add_argument("--out", default="out", help="folder for checkpoints, log, pictures (%(default)s)")
     return parser
 
@@ -572,7 +571,6 @@ def add_run_arguments(parser):
     add("--save-every", type=positive, default=500, help="steps between saves (%(default)s)")
     add("--workers", **WORKERS)
     add("--skip-bad-images", action="store_true", help="the next readable image replaces an unreadable one")
-    add("--save-dtype", choices=["float32", "float16"], default="float32", help="of the finished model")
     add("--grad-checkpoint", action="store_true", help="save memory: compute activations twice")
     add_device_arguments(parser)
 
@@ -584,6 +582,7 @@ def add_device_arguments(parser):
 
 # What decides the result, so that a resumed run must not change it. The number of steps may change.
 FIXED = "batch_size lr warmup clip seed dtype".split()
+LOG_EVERY = 20                                # steps
 
 def refuse_changes(message, saved, now, advice):
     """InputError that names the first values that differ between two dicts."""
@@ -599,8 +598,6 @@ def refuse_overwrite(resume, state, *others):
             raise InputError(f"{path} is there already: --resume continues {state}, a new --out starts anew")
 
 # ---- Ranks, devices, signals ---------------------------------------------------------------------
-
-LOG_EVERY = 20                                # steps
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -711,15 +708,10 @@ def prepare(modules, steps, args, device):
         if args.compile and (device.type == "cuda" or steps >= 4000):
             module.compile()
 
-def check_finite(name, value):
-    if not math.isfinite(value):
-        raise InputError(f"{name} is not finite: training has diverged; start anew with a lower --lr")
-
 def check_bad_steps(in_row):
     """InputError when ten steps in a row (ours) were skipped, because their gradient was not finite."""
     if in_row == 10:
-        raise InputError("10 steps in a row had gradients that are not finite; --resume goes on from the "
-                         "last save, if any; if it happens again, start anew with a lower --lr")
+        raise InputError("10 gradients in a row were not finite: --resume the last save, or lower --lr")
 
 # ---- Files ---------------------------------------------------------------------------------------
 
@@ -792,10 +784,6 @@ def save_checkpoint(path, **content):
     """Write {"kind": "tokenizer" or "ar", "config": dict, "model": state dict, ...}. Other ranks wait."""
     replace_file(path, lambda file: torch.save(content, file))
     barrier()
-
-def in_dtype(state, dtype):
-    """A state dict in the dtype of --save-dtype."""
-    return {name: value.to(getattr(torch, dtype)) for name, value in state.items()}
 
 def read_torch(path):
     """The dict in a file of torch's, on the CPU; no code in it runs. InputError for anything else."""

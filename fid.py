@@ -8,9 +8,7 @@
 Notable:
 - The numbers are those of ADM's evaluator. Its network is the Inception of 2015-12-05, not torchvision's:
   average pools leave padding out, the last block pools with max, pictures are resized as by TensorFlow 1.
-- Images pass by in batches; what stays in memory is 8 kB of features an image.
 - The Inception Score is averaged over runs of 5000 images in file order, so classes must be well mixed.
-- ConvNeXt and LPIPS, which the tokenizer's losses use, stand here too.
 """
 import argparse
 import json
@@ -56,17 +54,15 @@ def find_weights(name, place=None):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(address, path, digest)
         except (OSError, RuntimeError) as error:
-            raise InputError(f"can't download {file_name} ({error}); fetch {address} elsewhere and put it at "
-                             f"{path}, or name its place by --inception or --vision-weights ('random' does "
-                             "without, for trials)") from None
+            raise InputError(f"can't download {file_name} ({error}); fetch {address} and put it at "
+                             f"{path}, or name its place by --inception or --vision-weights") from None
     data.barrier()
     return path
 
 # ---- Inception of 2015-12-05. Modules bear the names that the weights file gives them. -----------
 
-# A line a block: its pool, then branches side by side. A branch is a name and steps, channels:kernel or, if
-# the kernel is 1x1, channels. The last step has stride 2 if the pool ends in /2. Two kernels in a
-# step are two convolutions of the same input.
+# A line a block: pool | branches, side by side. A branch: name, steps of channels:kernel (or channels for
+# 1x1). The last step has stride 2 if the pool ends in /2. Two kernels in a step convolve the same input.
 MIXED = {
     "5b": "avg   | 1x1 64  | 5x5 48 64:5x5 | 3x3dbl 64 96:3x3 96:3x3 | _pool 32",
     "5c": "avg   | 1x1 64  | 5x5 48 64:5x5 | 3x3dbl 64 96:3x3 96:3x3 | _pool 64",
@@ -314,9 +310,7 @@ def image_batches(images, name, args):
     return len(chosen), zip(data.progress_bar(spans, name, args.batch_size), stream)
 
 def moments(rows):
-    """(n, D) -> (D + 1, D + 1) in float64: sums of the products of two columns, after one of ones is added.
-    The sums of batches and of ranks add up."""
-    rows = rows.cpu() if rows.device.type == "mps" else rows                 # Apple's GPUs have no float64
+    """(n, D) -> (D + 1, D + 1) float64: sums of products of two columns, the last being ones. They add up."""
     rows = F.pad(rows.double(), (0, 1), value=1)
     return rows.T @ rows
 

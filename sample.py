@@ -1,7 +1,6 @@
 """Paint pictures of the classes you name.
 
     python sample.py --class 207         # with out/tokenizer.pt and out/ar.pt, else with the demo in weights/
-    python sample.py --class tench 12 --n 8 --seed 3 --cfg-scale 4
     python sample.py --class 207 --n 1 --paint painting.gif      # token by token
     python sample.py --image photo.png --keep 0.5 --n 8  # keeps the first half of its tokens, paints the rest
     python sample.py --reconstruct photos/ --png grid.png        # what the tokenizer makes of pictures
@@ -29,6 +28,7 @@ from fid import Folder, psnr
 from tokenizer import load_tokenizer
 
 DEMO = Path(__file__).resolve().parent / "weights"
+UNPAINTED = 0.85                 # grey
 SAMPLING = ("cfg_scale", "cfg_power", "temperature", "top_k")      # arguments of ARModel.generate
 
 def find_models(args):
@@ -46,8 +46,7 @@ def class_id(word, model):
         return names.index(word)
     if word.isdecimal() and int(word) < model.config.num_classes:
         return int(word)
-    raise InputError(f"no class {word!r}: classes are 0 to {model.config.num_classes - 1}, names {names[:3]} "
-                     "...; --classes lists them")
+    raise InputError(f"no class {word!r}: there are {model.config.num_classes}, and --classes lists them")
 
 # ---- Painting ------------------------------------------------------------------------------------
 
@@ -129,8 +128,6 @@ def paint_npz(model, tokenizer, args, device, weights):
 
 # ---- Looking inside ------------------------------------------------------------------------------
 
-UNPAINTED = 0.85                 # grey
-
 def so_far(image, strip, tokenizer, known):
     """A picture of which the first `known` tokens are there, the rest is grey. image (B, 3, H, W), strip (B,
     3, p, P*p) of the causal decoder -> (B, 3, H + 2p, P*p), or without a strip (None) the image alone."""
@@ -197,8 +194,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--paint", metavar="GIF", help="with --class: show the grid appear token by token")
-    task.add_argument("--image", metavar="PATH", help="go on from the first tokens of a picture, a folder's "
-                      "or built-in ones ('shapes'); with or without a --class")
+    task.add_argument("--image", metavar="PATH", help="go on from the first tokens of pictures (or 'shapes')")
     task.add_argument("--reconstruct", metavar="PATH", help="pictures, and what either decoder makes of them")
     task.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py")
     task.add_argument("--classes", dest="list_classes", action="store_true", help="list what the model knows")
@@ -206,8 +202,7 @@ def parse_args():
     add("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="ids or names; a name wins")
     add("--keep", type=data.from_0_to_1, default=0.5, help="with --image: share of its tokens to keep (0.5)")
     add("--num-images", type=data.positive, help="pictures in the .npz (50,000); rows of --image (8)")
-    add("-n", "--n", type=data.positive, default=16, help="pictures of each class, completions of --image, "
-        "pictures to --reconstruct; torchrun lets only -n through (%(default)s)")
+    add("-n", "--n", type=data.positive, default=16, help="pictures of a class; completions (%(default)s)")
     add("--seed", **data.SEED)
     add("--cfg-scale", type=data.at_least_zero, help="guidance at the last token; 1 is none (the model's)")
     add("--cfg-power", type=data.at_least_zero, help="above 1 guidance comes late (the model's)")

@@ -123,7 +123,7 @@ def trained(tmp_path_factory):
     """A folder in which both trainers have run, small."""
     out = tmp_path_factory.mktemp("trained")
     must(train_tokenizer, f"--out {out} --steps 150 100", TOKENIZER)
-    must(train_ar, f"--out {out} --save-dtype float16", AR)
+    must(train_ar, f"--out {out}", AR)
     return out
 
 def on_tokens(trained):                       # words for train_ar, with the tokens that are there
@@ -398,8 +398,8 @@ def test_training_learns_and_stage_2_reconstructs_better_on_the_same_tokens(trai
     tokens = one.encode(images)
     assert torch.equal(two.encode(images), tokens)
     assert all(map(torch.equal, one.decode_causal(tokens), two.decode_causal(tokens)))
-    full, half = (load(trained / name)["model"] for name in ("ar_state.pt", "ar.pt"))
-    assert not differing({name: value.half() for name, value in full.items()}, half)           # --save-dtype
+    state, finished = (load(trained / name)["model"] for name in ("ar_state.pt", "ar.pt"))
+    assert not differing(state, finished)
 
 def test_discriminator_computes_what_the_released_one_would():
     net = train_tokenizer.Discriminator(128)
@@ -453,7 +453,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(module, traine
     words = f"{TOKENIZER} --steps 60 1" if module is train_tokenizer else on_tokens(trained)
     code, _, err = command(module, words, f"--out {tmp_path} --lr 1e30 --save-every 1 --warmup 0")
     first, *others = [load(path) for path in sorted((tmp_path / "saves").iterdir())]
-    assert code == 2 and "10 steps in a row" in err and "Traceback" not in err, err
+    assert code == 2 and "10 gradients in a row" in err and "Traceback" not in err, err
     assert [state["skipped"] for state in (first, *others)] == list(range(10)) and first["step"] == 1
     moved = {place[0] for state in others for place in differing(first, state)}
     assert not moved & {"model", "optimizer", "discriminator", "disc_optimizer"}, moved
@@ -635,13 +635,13 @@ BAD = {train_tokenizer: {                     # {words: what the message has to 
     "--data {bad}/nothing": "nothing/cat", "--data {bad}/single": "single", "--clip nan": "--clip",
     "--data {bad}/other --out {bad}/other/out": "among the pictures", "--val-data {bad}/other": "--val-data",
     "--data {bad}/truncated --workers 2": "7.jpg", "--image-size 60": "multiple of",
-    "--device {absent}": "{absent}", "--batch-size 9 --accum 2": "multiple", "--out {bad}/cut.pt/x": "pt/x",
-    "--recipe paper --no-perceptual --steps 2 9": "too few", "--lr 1e6 --steps 3 1": "not finite",
+    "--device mps": "mps", "--batch-size 9 --accum 2": "multiple", "--out {bad}/cut.pt/x": "pt/x",
+    "--recipe paper --no-perceptual --steps 2 9": "too few",
     "--recipe paper --vision-weights {bad}/other --steps 9 9": "convnext_small", "--steps 0 5": "--steps",
     "--stage 2": "no such checkpoint", "--stage 2 --out {trained} --codebook-size 128": "takes its shape",
     "--out {trained} --resume --steps 150 100 --batch-size 8 --lr 0.5": "now 0.5",
     "--out {trained} --resume --steps 151 100 --batch-size 8": "stage 2", "--out {trained}": "already",
-    "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150", "--prefix-tokens 3": "found 3"
+    "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150", "--prefix-tokens 3": "3 prefix"
 }, train_ar: {
     "--tokenizer {tok} --data {bad}/truncated --val-data {bad}/other": "other classes",
     "": "no such checkpoint", "--tokenizer {bad}/other.pt --cache {trained}/tokens": "tokenizer",
@@ -666,14 +666,13 @@ def test_bad_input(module, words, bad, trained, tmp_path):
     def files():
         paths = [path for folder in (bad, trained) for path in folder.rglob("*") if path.stem != "lock"]
         return {path: path.stat().st_mtime_ns for path in paths}
-    names = dict(bad=bad, trained=trained, tok=f"{trained}/tokenizer.pt", out=tmp_path / "out",
-                 absent="mps" if torch.cuda.is_available() else "cuda")
+    names = dict(bad=bad, trained=trained, tok=f"{trained}/tokenizer.pt", out=tmp_path / "out")
     before, out = files(), "" if module is fid or "--out" in words else f"--out {tmp_path}/out"
     code, _, err = command(module, FEW[module], out, words.format(**names))
     assert code == 2 and "error: " in err and "Traceback" not in err, err
     assert BAD[module][words].format(**names) in err and files() == before, err
     written = {path.suffix for path in tmp_path.rglob("*") if "tokens" not in path.parts}
-    assert written <= {"", ".jsonl", ".pt" if "1e6" in words else ""}        # that one diverges after a save
+    assert written <= {"", ".jsonl"}
 
 def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
     words = f"--data {bad}/broken --out {tmp_path} --batch-size 8 --skip-bad-images --dtype bfloat16 --steps"
@@ -839,7 +838,7 @@ def test_other_tokenizers_train_longer_and_paint(flags, tokens, tmp_path):
     if code == 0:
         film = Image.open(tmp_path / "a.gif")
         film.seek(film.n_frames - 1)          # from 0 tokens to all, then the finished picture, zoomed
-        last = data.to_tensor(np.asarray(film.convert("RGB")))[:, 2:-2:8, 2:-2:8][:, -32:, :32] / 255
+        last = data.to_tensor(np.asarray(film.convert("RGB")))[:, 2:-2:4, 2:-2:4][:, -32:, :32] / 255
         assert film.n_frames == tokens + 2 and (last - cells(tmp_path / "a.png", 1)[0]).abs().mean() < 0.03
     assert tokenizer.config.num_tokens == tokens
     assert "--encoder" not in flags or looks_ahead(tokenizer, 64) == 0

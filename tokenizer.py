@@ -5,8 +5,7 @@ Notable:
 - Stage 1 decodes them causally: patch i is painted from tokens <= i alone, so the gradient penalises a token
   that needs a later one. The first row has no history; the prefix gives it one. The prefix outputs paint a
   strip (the first patch, then the first row), which makes the prefix carry that row.
-- Stage 2 (`swap_decoder`) freezes all that decides a token id and trains a bidirectional decoder, which
-  starts from the causal one.
+- Stage 2 (`swap_decoder`) freezes all that decides a token id and trains a bidirectional decoder.
 - Codes that no latent uses are brought back by online clustering (CVQ), with statistics shared by all ranks.
 
 In shapes: B images, g patches a side, p pixels a patch, P prefix tokens, N tokens, K codes of D numbers.
@@ -46,8 +45,7 @@ class TokenizerConfig:
         if self.prefix_tokens is None:
             self.prefix_tokens = self.grid + 1
         if self.prefix_tokens not in (0, self.grid, self.grid + 1):
-            raise InputError(f"a grid of {self.grid} x {self.grid} patches takes 0, {self.grid} or "
-                             f"{self.grid + 1} prefix tokens, found {self.prefix_tokens}")
+            raise InputError(f"{self.prefix_tokens} prefix tokens, not 0, {self.grid} or {self.grid + 1}")
         if sorted(generation_order(self.grid).tolist()) != list(range(self.grid ** 2)):
             raise InputError("generation_order must name every patch of the grid exactly once")
 
@@ -335,14 +333,12 @@ class Tokenizer(nn.Module):
         """InputError when there is none, as in the released file."""
         decoder = self.decoder if self.decoder.causal else self.causal_decoder
         if decoder is None:
-            raise InputError("this tokenizer keeps no causal decoder to paint token by token; name one that "
-                             "train_tokenizer.py made, without --decoder bidirectional")
+            raise InputError("this tokenizer keeps no causal decoder; only ours with a causal stage 1 do")
         return decoder
 
     def swap_decoder(self, cold=False):
-        """Stage 2: a bidirectional decoder. Encoder and codebook are frozen, so token ids stay. As in the
-        released code it starts from the tensors of the old decoder that fit: from a causal one all but
-        buffer tokens and positions. cold: it starts anew."""
+        """Stage 2: a bidirectional decoder; all else is frozen, so token ids stay. As in the released code it
+        starts from the old one's tensors that fit, all but buffer tokens and positions; or, if cold, anew."""
         self.stage = 2
         self.requires_grad_(False)
         old, self.config = self.decoder, replace(self.config, decoder="bidirectional")
@@ -407,8 +403,7 @@ RELEASED_NAMES = dict(line.split() for line in """
 """.strip().splitlines())
 
 def from_released(released):
-    """A released state dict -> a checkpoint of ours. Widths, depths, codebook, tokens and patch come from the
-    shapes. KeyError if this is no such file."""
+    """A released state dict -> a checkpoint of ours, by the shapes of the tensors. KeyError if it is none."""
     state = {}
     for name, value in released.items():
         for theirs, ours in RELEASED_NAMES.items():

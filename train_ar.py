@@ -45,7 +45,6 @@ def evaluate(model, cache, args, device):
     model.train()
     count = len(keys) * model.config.num_tokens
     loss, accuracy = (total / count for total in data.over_ranks([loss, accuracy]))
-    data.check_finite("the loss on whole images", loss)
     return {"loss": loss, "accuracy": accuracy}
 
 def paint_samples(model, tokenizer, path, seed, n=32):
@@ -137,7 +136,7 @@ def train(model, tokenizer, caches, classes, args, device):
                      f"{scores['val_accuracy']:.1%}")
         if stop:
             data.leave(stop, done)
-    save("ar.pt", data.in_dtype(model.state_dict(), args.save_dtype))
+    save("ar.pt", model.state_dict())
     data.say(f"wrote {args.out}/ar.pt; next: python sample.py --class 0, with the same --out")
 
 def parse_args():
@@ -151,8 +150,7 @@ def parse_args():
     add("--depth", type=data.positive, help="blocks (%(default)s)")
     add("--dropout", type=data.number(float, 0, 0.99), help="(%(default)s)")
     add("--ten-crop", action="store_true", help="cache ten crops of an image, as the paper does, not two")
-    add("--class-dropout", type=data.from_0_to_1, default=0.1,
-        help="share of pictures that train the null class (%(default)s)")
+    add("--class-dropout", type=data.from_0_to_1, default=0.1, help="share that trains the null class (0.1)")
     data.add_run_arguments(parser)
     recipe, shape, start = RECIPES[known.preset], PRESETS[known.preset], None
     if known.init_from:

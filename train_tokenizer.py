@@ -103,10 +103,6 @@ class Discriminator(nn.Module):
         x = F.adaptive_max_pool2d(x, 16)
         return self.to_logits(F.leaky_relu(self.mix(x), 0.1))
 
-def hinge_loss(real, painted):
-    """The discriminator's loss on logits (B, 1, 16, 16) of real and painted images."""
-    return (F.relu(1 - real).mean() + F.relu(1 + painted).mean()) / 2
-
 def perceptual_loss(convnext, painted, images):
     """Mean squared difference of the ImageNet logits of images (B, 3, H, W); true ones need no gradient."""
     with torch.no_grad():
@@ -127,7 +123,6 @@ def evaluate(model, val, args, device, picture_path):
         counts += tokens.flatten().cpu().bincount(minlength=len(counts))
         total += psnr(model.decode(tokens), images).sum().item()
     total, *counts = data.over_ranks([total, *counts.tolist()])
-    data.check_finite("validation PSNR", total)
     shown = torch.stack([val.read(0, index)[0] for index in data.spread(len(val), 8)])
     images = data.to_float(shown, device)
     painted = model.decode(model.encode(images))
@@ -196,8 +191,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             if net is discriminator:
                 with torch.no_grad(), autocast:
                     painted = model(images, blend)[0]
-                real_logits, painted_logits = ddp_net(torch.cat([images, painted])).chunk(2)
-                terms = {"discriminator": hinge_loss(real_logits, painted_logits)}
+                real, fake = ddp_net(torch.cat([images, painted])).chunk(2)           # logits; hinge loss
+                terms = {"discriminator": (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2}
             else:
                 with autocast:
                     painted, strip, quantizer_loss = ddp_net(images, blend)
@@ -218,8 +213,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             (loss / args.accum).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / args.accum
-        # In a GAN phase the log also shows what the other network had last.
-        losses = {**losses, **sums} if phase_step > 0 else sums
+        losses = {**losses, **sums} if phase_step > 0 else sums              # also the other network's last ones
 
         norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
         if norm.isfinite():
@@ -261,8 +255,7 @@ def parse_args():
     parser = data.preset_parser(__doc__, PRESETS)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, help="phases and losses (the preset's)")
-    add("--stage", choices=["1", "2", "both"], default="both",
-        help="2 starts from tokenizer_stage1.pt in --out, or from --init")
+    add("--stage", choices=["1", "2", "both"], default="both", help="2 goes on from --out, or --init")
     known, _ = parser.parse_known_args()
     if known.stage == "2" and not known.init_from:
         known.init_from = f"{known.out}/tokenizer_stage1.pt"
@@ -278,15 +271,13 @@ def parse_args():
     lr = recipe["stages"][0][0].lr
     add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="(%(default)s)")
     add("--encoder", choices=["bidirectional", "causal"], help="(%(default)s)")
-    add("--decoder", choices=["causal", "bidirectional"],
-        help="of stage 1; bidirectional makes an ordinary tokenizer, for comparison (%(default)s)")
+    add("--decoder", choices=["causal", "bidirectional"], help="of stage 1 (%(default)s)")
     add("--image-size", type=data.positive, help="(%(default)s)")
     add("--patch-size", type=data.positive, help="(%(default)s)")
     add("--codebook-size", type=data.number(int, 2), help="(%(default)s)")
     add("--prefix-tokens", type=data.natural, help="0, g or g + 1 for g patches a side (g + 1)")
     add("--cold-swap", action="store_true", help="stage 2 starts anew, discriminator and warmup too")
-    add("--vision-weights", metavar="FOLDER", help="with the files of the networks behind perceptual losses "
-        "(downloaded once), or 'random', for trials")
+    add("--vision-weights", metavar="FOLDER", help="of loss networks (downloaded), or 'random', for trials")
     add("--no-perceptual", dest="perceptual", action="store_false", help="no ConvNeXt and LPIPS losses")
     data.add_run_arguments(parser)
     parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr, base_lr=lr, start=start,
@@ -330,7 +321,7 @@ def main():
             model.swap_decoder(args.cold_swap)
         train_stage(model, train, val, args, judges, stop_flag, device)
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
-                             model=data.in_dtype(model.state_dict(), args.save_dtype),
+                             model=model.state_dict(),
                              order=data.generation_order(config.grid).tolist(),
                              data=(args.data, args.val_data))
     data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --data, --val-data and --out")

@@ -213,7 +213,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
             (loss / args.accum).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / args.accum
-        losses = {**losses, **sums} if phase_step > 0 else sums              # also the other network's last ones
+        losses = {**losses, **sums} if phase_step > 0 else sums              # also the other network's last
 
         norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
         if norm.isfinite():

@@ -174,6 +174,7 @@ def read_image(path):
     InputError for what is no good image, OSError where the system refuses the file."""
     try:
         with Image.open(str(path)) as image:
+            image.load()                                                     # its errors come only once
             with contextlib.suppress(Exception):                             # damaged notes, good pixels
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
@@ -273,7 +274,7 @@ def list_folder(folder, args):
         raise InputError(f"no images in {folder}: it needs a sub-folder a class, such as {folder}/cats/1.jpg")
     names = [path.split(os.sep)[0] if folders else "pictures" for path in paths]
     for empty in {*folders} - {*names}:
-        raise InputError(f"no images in {folder}/{empty}: a sub-folder is a class of {IMAGE_SUFFIXES}")
+        raise InputError(f"no images in {folder}/{empty}, but every sub-folder is a class: {IMAGE_SUFFIXES}")
     names = [unicodedata.normalize("NFC", name) for name in names]
     classes, labels = np.unique(names, return_inverse=True)
     if all(path.count(os.sep) > 1 for path in paths):
@@ -349,10 +350,10 @@ class Reader:
             return error
 
 def outlive_signals(worker):
-    """A reading process goes on after a signal, ten seconds after SIGTERM: the trainer is to save first."""
+    """A reading process goes on after a signal, ten minutes after SIGTERM: the trainer is to save first."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 def batches(read, keys, workers=0):
     """Iterate over batches of read(*key), one for each list in `keys`, read by so many other processes."""
@@ -376,11 +377,11 @@ class TokenCache:
         self.folder, self.path, note = folder, f"{folder}/tokens.npy", f"{folder}/cache.json"
         config, self.labels, self.files = tokenizer.config, dataset.labels, dataset.files
         self.codebook_size, shape = config.codebook_size, (len(dataset), dataset.crops, config.num_tokens)
-        advice = f"delete {self.path} and {note} to build it anew"
+        advice = f"delete {folder} to build it anew"
         settings = {"tokenizer": tokenizer.fingerprint(), "shape": list(shape), **dataset.files}
         lock = take_lock(folder, wait=True)
         if rank() == 0 and not os.path.exists(note):
-            for other in set(os.listdir(folder)) - {"tokens.npy", "lock"}:
+            for other in set(os.listdir(folder)) - {"tokens.npy", ".lock"}:
                 raise InputError(f"{folder} holds {other}; name an empty or new folder with --cache")
             dtype = np.uint16 if self.codebook_size < 2 ** 16 else np.uint32
             create_array(self.path, dtype, shape, self.codebook_size)        # which is no token
@@ -407,7 +408,7 @@ class TokenCache:
         crops = (key_uniforms("crop choice", seed, keys, len(self)) * self.tokens.shape[1]).astype(np.int64)
         tokens = self.tokens[indices, crops].astype(np.int64)
         batch = torch.from_numpy(tokens), torch.from_numpy(self.labels[indices])
-        return [part.pin_memory() for part in batch] if torch.cuda.is_available() else batch
+        return [tensor.pin_memory() for tensor in batch] if torch.cuda.is_available() else batch
 
     def missing(self):
         """Indices of the images of which not all tokens are written, or some are damaged."""
@@ -420,7 +421,7 @@ class TokenCache:
         rows = [missing[span] for span in rank_spans(len(missing), micro)]
         stream = batches(dataset.read_crops, [indices[:, None] for indices in rows], workers)
         for indices, (images, sources) in zip(progress_bar(rows, "tokens", micro), stream):
-            with open(f"{self.folder}/stand_ins.txt", "a") as file:          # for unreadable pictures
+            with open(f"{self.folder}/stand_ins.txt", "a", errors="surrogateescape") as file:
                 for index, source in zip(indices, sources.tolist()):
                     if index != source:
                         print(dataset.paths[source], "for", dataset.paths[index], file=file)
@@ -556,7 +557,7 @@ def add_run_arguments(parser):
     """The flags of both trainers. --batch-size, --lr, --warmup and --clip get defaults from the recipe."""
     add = parser.add_argument
     add("-h", "--help", action="help", help="show this and exit")
-    add("--data", help="folder of class folders, or 'shapes', the built-in pictures (those of the tokenizer)")
+    add("--data", help="folder of class folders, or 'shapes', built in (train_ar.py: the tokenizer's)")
     add("--val-data", help="validation folder; without it every 20th image of --data is held out")
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
@@ -621,7 +622,7 @@ def start(args):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # gloo does not wait for the GPU
-                                timeout=datetime.timedelta(hours=2))         # with another rank's download
+                                timeout=datetime.timedelta(days=1))         # for another rank's download
     parts = world_size() * args.accum if "accum" in args else 1
     if args.batch_size % parts:
         raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {world_size()} ranks in "
@@ -739,9 +740,9 @@ def replace_file(path, write):
 
 def take_lock(folder, wait=False):
     """Make a folder and have it for this run, until the returned file is closed or the process ends. wait: if
-    another run has it, wait for that; else InputError that names the other. Old .tmp files are removed."""
+    another run has it, wait for that; else InputError that names the other. Rests of killed runs go."""
     os.makedirs(folder, exist_ok=True)
-    file = open(f"{folder}/lock", "a+")
+    file = open(f"{folder}/.lock", "a+")
     if rank() == 0:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -754,7 +755,7 @@ def take_lock(folder, wait=False):
             fcntl.lockf(file, fcntl.LOCK_EX)
         file.truncate(0)
         print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
-        for path in Path(folder).glob("*.tmp"):
+        for path in Path(folder).glob("*.[0-9]*.tmp"):
             path.unlink()
     return file
 
@@ -810,7 +811,7 @@ def load_checkpoint(path, kind, from_released=None):
             return from_released(weights)
         if content["kind"] != kind:
             raise ValueError(f"kind '{content['kind']}'")
-    except (KeyError, ValueError) as error:
+    except Exception as error:                # whatever a foreign file makes of it
         raise InputError(f"{path} does not fit: it is no checkpoint of kind '{kind}', nor a released one "
                          f"({error!r})") from None
     return content

@@ -185,8 +185,8 @@ def test_token_cache_resumes(tmp_path):
     whole = np.array(data.TokenCache(folder, shapes, model, CPU).tokens)
     assert np.array_equal(whole[:, 0], model.encode(pictures(range(100), 32, "train") / 255))
     tokens = np.load(folder / "tokens.npy", mmap_mode="r+", allow_pickle=False)
-    tokens[10:60] = tokens[80, 0, 5:] = 65535                                # as a kill leaves it
-    tokens[70, 0, 3] = 64                                                    # no token: damaged
+    tokens[10:60] = tokens[80, 0, 5:] = 64    # as a kill leaves it
+    tokens[70, 0, 3] = 65535                  # no token: damaged
     assert (np.array(data.TokenCache(folder, shapes, model, CPU, batch_size=7).tokens) == whole).all()
 
 @pytest.mark.parametrize("there", {torch.backends.mkldnn.is_available(), False})
@@ -603,7 +603,9 @@ def bad(tmp_path_factory, trained):
     (bad / "nothing" / "cat").mkdir(parents=True)
     write_images(bad / "single", ["cat"], 1)
     photo = (write_images(bad / "other", ["bird"]) / "bird" / "0.jpg").read_bytes()
-    for kind, content in (("broken", b"no picture"), ("truncated", photo[:len(photo) // 2])):
+    png = (bad / "other" / "bird" / "1.png").read_bytes()
+    for kind, content in (("broken", b"no picture"), ("truncated", photo[:len(photo) // 2]),
+                          ("spoilt", png[:3000] + bytes(1000) + png[4000:])):
         (write_images(bad / kind) / "cat" / "7.jpg").write_bytes(content)
     Image.new("RGB", (1, 1), "red").save(bad / "broken" / "cat" / "pixel.png")         # even this will do
     Image.new("RGB", (5000, 1)).save(write_images(bad / "thin") / "cat" / "7.png")
@@ -631,7 +633,8 @@ def bad(tmp_path_factory, trained):
 FEW = {train_tokenizer: f"{SHAPE} --steps 50 1 --batch-size 4", sample: "", fid: "--inception random",
        train_ar: "--steps 5 --batch-size 8 --num-pictures 200 --width 64 --depth 2"}
 BAD = {train_tokenizer: {                     # {words: what the message has to name}
-    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/thin": "thin", "--seed 1" + "0" * 20: "--seed",
+    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/thin": "thin", "--data {bad}/spoilt": "7.jpg",
+    "--seed 1" + "0" * 20: "--seed",
     "--data {bad}/nothing": "nothing/cat", "--data {bad}/single": "single", "--clip nan": "--clip",
     "--data {bad}/other --out {bad}/other/out": "among the pictures", "--val-data {bad}/other": "--val-data",
     "--data {bad}/truncated --workers 2": "7.jpg", "--image-size 60": "multiple of",
@@ -664,7 +667,7 @@ BAD = {train_tokenizer: {                     # {words: what the message has to 
 @pytest.mark.parametrize("module, words", [(module, words) for module in BAD for words in BAD[module]])
 def test_bad_input(module, words, bad, trained, tmp_path):
     def files():
-        paths = [path for folder in (bad, trained) for path in folder.rglob("*") if path.stem != "lock"]
+        paths = [path for folder in (bad, trained) for path in folder.rglob("*") if path.name != ".lock"]
         return {path: path.stat().st_mtime_ns for path in paths}
     names = dict(bad=bad, trained=trained, tok=f"{trained}/tokenizer.pt", out=tmp_path / "out")
     before, out = files(), "" if module is fid or "--out" in words else f"--out {tmp_path}/out"

@@ -74,7 +74,7 @@ def train(model, tokenizer, caches, classes, args, device):
         data.save_checkpoint(f"{args.out}/{name}", kind="ar", config=asdict(config), model=state,
                              classes=classes, tokenizer=fingerprint, **more)
 
-    start, skipped = 0, 0
+    start, skipped, bad_in_row = 0, 0, 0
     state = data.load_training_state(path, "ar", fixed, args.steps) if args.resume else None
     if state:
         start, skipped = state["step"], state["skipped"]
@@ -86,7 +86,6 @@ def train(model, tokenizer, caches, classes, args, device):
     micro_batches = data.batch_keys(run, n, args, start)
     steps = range(start, args.steps)
     progress = data.progress_bar(steps, run, args.batch_size, initial=start, total=args.steps)
-    bad_in_row = 0
     model.train()
     for step in progress:
         warmup = min(args.warmup, args.steps // 4)                           # for short runs, ours
@@ -168,7 +167,7 @@ def main():
     tokenizer = data.pack_linears(load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device))
     if not args.data:
         args.data, args.val_data = tokenizer.data[0], args.val_data or tokenizer.data[1]
-        data.say(f"training on the pictures of the tokenizer, --data {args.data}")
+        data.say(f"no --data given: taking --data {args.data}")
     train_set, val_set = data.open_data(args, tokenizer.config.image_size, args.ten_crop)
     args.lock = data.take_lock(args.out)      # held as long as the run has `args`
     t, shape = tokenizer.config, {name: getattr(args, name) for name in PRESETS["tiny"]}

@@ -324,7 +324,7 @@ def main():
                              model=model.state_dict(),
                              order=data.generation_order(config.grid).tolist(),
                              data=(args.data, args.val_data))
-    data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --data, --val-data and --out")
+    data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --out")
 
 if __name__ == "__main__":
     data.run(main)

@@ -752,8 +752,8 @@ def test_only_what_decodes_wrongly_is_a_bad_picture(tmp_path):
     code, _, err = command(train_tokenizer, words, TOKENIZER)
     assert code == 2 and "9.jpg" in err
 
-def test_saves_come_before_evaluations(bad, tmp_path):
-    words = f"--data {bad}/other --val-data {bad}/broken --out {tmp_path} --steps 4 1 --eval-every 2"
+def test_saves_come_before_evaluations(bad, tmp_path):                       # and flat folders will do
+    words = f"--data {bad}/other/bird --val-data {bad}/broken --out {tmp_path} --steps 4 1 --eval-every 2"
     code, _, err = command(train_tokenizer, words, "--save-every 2", TOKENIZER)
     assert code == 2 and "7.jpg" in err and load(tmp_path / STATES[0])["step"] == 2
 

@@ -161,8 +161,8 @@ def image_files(folder):
                 others[suffix or name] += 1
     names = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     others = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
-    say(f"{folder}: {len(paths):,} pictures in {len(names)} folders ({', '.join(names[:3])}, ...); left out: "
-        f"{others or 'nothing'}", sys.stderr)
+    say(f"{folder}: {len(paths):,} pictures in {len(names)} folders ({', '.join(names[:3])}"
+        f"{', ...' * (len(names) > 3)}); left out: {others or 'nothing'}", sys.stderr)
     return sorted(paths)
 
 def is_inside(path, folder):
@@ -232,7 +232,7 @@ class ImageFolder:
             stamps[label].append(f"{path} {status.st_size} {status.st_mtime_ns}\n")
         for name, lines in zip(classes, stamps):
             digest = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
-            self.files[f"{split} pictures of class {name}"] = f"{len(lines)}, {digest[:8]}"
+            self.files[f"{split} pictures of class {name}"] = f"{len(lines)}, names and times {digest[:8]}"
 
     def __len__(self):
         return len(self.paths)
@@ -274,11 +274,11 @@ def list_folder(folder, args):
         raise InputError(f"no images in {folder}: it needs a sub-folder a class, such as {folder}/cats/1.jpg")
     names = [path.split(os.sep)[0] if folders else "pictures" for path in paths]
     for empty in {*folders} - {*names}:
-        raise InputError(f"no images in {folder}/{empty}, but every sub-folder is a class: {IMAGE_SUFFIXES}")
+        raise InputError(f"no images in {folder}/{empty}, but every sub-folder is a class; remove it")
     names = [unicodedata.normalize("NFC", name) for name in names]
     classes, labels = np.unique(names, return_inverse=True)
     if all(path.count(os.sep) > 1 for path in paths):
-        say(f"note: every class in {folder} is a folder of folders. Is --data {folder}/{classes[0]} meant?")
+        say(f"note: every class in {folder} is a folder of folders. Is --data meant to name one of them?")
     return classes.tolist(), np.array(paths), labels
 
 def open_data(args, size, ten_crop=False, labelled=True):
@@ -291,9 +291,9 @@ def open_data(args, size, ten_crop=False, labelled=True):
     classes, *train = list_folder(args.data, args)
     if args.val_data:
         val_classes, *val = list_folder(args.val_data, args)
-        odd = sorted(set(val_classes) ^ set(classes))[:5]
-        if odd and labelled:
-            raise InputError(f"{args.val_data} has other classes than {args.data}: only one has {odd}")
+        odd = set(val_classes) ^ set(classes)
+        if odd and (labelled or "pictures" not in odd):
+            raise InputError(f"{args.val_data} has other classes than --data: only one has {sorted(odd)[:5]}")
     else:
         val_classes, (paths, labels) = classes, train
         not_alone = np.flatnonzero(np.bincount(labels)[labels] > 1)
@@ -394,7 +394,7 @@ class TokenCache:
         except (ValueError, TypeError, EOFError, FileNotFoundError):
             raise InputError(f"the token cache is damaged; {advice}") from None
         refuse_changes(f"the token cache in {folder} was made for something else", saved, settings,
-                       f"{advice}, or name another with --cache")
+                       f"name the same --data and --val-data, or {advice}, or name another with --cache")
         if len(self.missing()):
             self.build(dataset, tokenizer, device, workers, batch_size)
         lock.close()
@@ -587,8 +587,8 @@ LOG_EVERY = 20                                # steps
 
 def refuse_changes(message, saved, now, advice):
     """InputError that names the first values that differ between two dicts."""
-    changed = [f"{name} {saved.get(name)}, now {now.get(name)}" for name in sorted(saved.keys() | now.keys())
-               if saved.get(name) != now.get(name)]
+    changed = [f"{name} {str(saved.get(name))[:60]}, now {str(now.get(name))[:60]}"
+               for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
     if changed:
         raise InputError(f"{message} ({'; '.join(changed[:3])}); {advice}")
 
@@ -801,7 +801,7 @@ def load_checkpoint(path, kind, from_released=None):
     """-> the dict that `save_checkpoint` wrote. InputError for anything but a checkpoint of this kind.
     from_released: turns the weights in a file of the authors into such a dict. KeyError for others."""
     if not os.path.isfile(path):
-        raise InputError(f"no such checkpoint: {path} (train_{kind}.py writes it)")
+        raise InputError(f"no such checkpoint: {path} (train_{kind}.py writes it at its end)")
     content = read_torch(path)
     try:
         if from_released and "kind" not in content:

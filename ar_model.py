@@ -205,7 +205,7 @@ class ARModel(nn.Module):
         cfg_power = config.cfg_power if cfg_power is None else cfg_power
         if uniforms is None:
             uniforms = torch.rand(B, N, dtype=torch.float64)
-        uniforms, classes, strengths = uniforms.to(device), classes.to(device), [None] * N
+        uniforms, classes, strengths = uniforms.to(device).double(), classes.to(device), [None] * N
         if cfg_scale != 1:
             classes = torch.cat([classes, torch.full_like(classes, config.num_classes)])
             strengths = torch.tensor([guidance(t, N, cfg_scale, cfg_power) for t in range(N)], device=device)

@@ -159,10 +159,10 @@ def image_files(folder):
                 paths.append(os.path.join(where, name)[len(root):])
             else:
                 others[suffix or name] += 1
-    names = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    others = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
-    say(f"{folder}: {len(paths):,} pictures in {len(names)} folders ({', '.join(names[:3])}"
-        f"{', ...' * (len(names) > 3)}); left out: {others or 'nothing'}", sys.stderr)
+    groups = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
+    left_out = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+    say(f"{folder}: {len(paths):,} pictures in {len(groups)} folders ({', '.join(groups[:3])}"
+        f"{', ...' * (len(groups) > 3)}); left out: {left_out or 'nothing'}", sys.stderr)
     return sorted(paths)
 
 def is_inside(path, folder):
@@ -622,7 +622,7 @@ def start(args):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # gloo does not wait for the GPU
-                                timeout=datetime.timedelta(days=1))         # for another rank's download
+                                timeout=datetime.timedelta(days=1))          # for a rank's download, a lock
     parts = world_size() * args.accum if "accum" in args else 1
     if args.batch_size % parts:
         raise InputError(f"a batch of {args.batch_size} can't be shared evenly by {world_size()} ranks in "
@@ -698,7 +698,7 @@ def distribute(model):
     """The model for training on several ranks, as it is on one."""
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
 
-def prepare(modules, steps, args, device):
+def compile_and_checkpoint(modules, steps, args, device):
     """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again.
     torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes."""
     torch._dynamo.config.suppress_errors = device.type != "cuda"             # a CPU may have no compiler

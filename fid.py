@@ -282,8 +282,9 @@ class NpzImages:
 class Folder:
     """All images in a folder, at any depth, by path, or a single file; cropped to crop x crop if given."""
     def __init__(self, path, crop=None):
-        self.crop, paths = crop, [""] if os.path.isfile(path) else data.image_files(path)
-        self.paths = [os.path.join(path, name) if name else path for name in paths]
+        self.crop, self.paths = crop, [path]
+        if os.path.isdir(path):
+            self.paths = [os.path.join(path, name) for name in data.image_files(path)]
         self.size = None if crop or not self.paths else data.read_image(self.paths[0]).size
 
     def __len__(self):
@@ -322,8 +323,9 @@ def gaussian(sums):
     return mean, (sums[:-1, :-1] - totals[:, None] * mean) / (count - 1)
 
 def add_on_rank_0(*tensors):
-    for tensor in tensors * dist.is_initialized():
-        dist.reduce(tensor, 0)
+    for tensor in tensors:
+        if dist.is_initialized():
+            dist.reduce(tensor, 0)
 
 def extract(images, net, device, name, args):
     """Features of --num-images images of a set, by default of all -> on rank 0 "mu", "sigma" of the pool

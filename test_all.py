@@ -703,7 +703,7 @@ def photos(tmp_path_factory):
     (folder / "Zoë").symlink_to(write_images(place / "elsewhere", ["dog"], 3) / "dog")
     image, cat = Image.open(folder / "cat/1.png"), folder / "cat"
     for name in ("a.jfif", "b.tif", "c.gif", "d.avif", os.fsdecode(b"caf\xe9.jpg")):
-        image.save(cat / name, data=None, format={"jfif": "JPEG"}.get(name.split(".")[-1]))
+        image.save(cat / name, format={"jfif": "JPEG"}.get(name.split(".")[-1]))
     for hidden in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
         (cat / hidden).mkdir()
         image.save(cat / hidden / "1.png")
@@ -865,7 +865,8 @@ def test_training_without_glibc_with_and_without_a_compiler(compiler, tmp_path, 
         with t.mock.patch("ctypes.CDLL", side_effect=OSError):
             data.keep_memory()
         plain, compiled = t.small_ar().train(), t.small_ar().train()
-        data.prepare([compiled], 4000, t.SimpleNamespace(compile=True, grad_checkpoint=False), t.CPU)
+        args = t.SimpleNamespace(compile=True, grad_checkpoint=False)
+        data.compile_and_checkpoint([compiled], 4000, args, t.CPU)
         for net in (plain, compiled):
             net(torch.arange(42).view(2, 21), torch.tensor([3, 4])).logsumexp(-1).sum().backward()
         for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
@@ -1210,7 +1211,8 @@ def judge_shapes(paths, png=None, steps=800):
     final -number share a column: mean and deviation. png: where a grid goes, a row a column of the table."""
     columns, shown, sets, n = {}, {}, {}, len(data.SHAPE_CLASSES)
     for path in paths:
-        images = np.load(path / "samples.npz" if path.is_dir() else path)["arr_0"]
+        file = path / "samples.npz" if path.is_dir() else path
+        images = np.load(file, allow_pickle=False)["arr_0"]
         sets[path] = torch.from_numpy(images).permute(0, 3, 1, 2)
     size = images.shape[1]
     sets[Path("true pictures")], classifier = pictures(range(n), size), shape_classifier(size, steps)

@@ -58,8 +58,7 @@ class TokenizerConfig:
         return self.grid ** 2 + self.prefix_tokens
 
 PRESETS = {
-    # Ours: small enough for two CPU cores, for the built-in pictures.
-    "tiny": TokenizerConfig(
+    "tiny": TokenizerConfig(     # ours: small enough for two CPU cores, for the built-in pictures
         image_size=64, patch_size=8, encoder_width=128, encoder_depth=2, decoder_width=128, decoder_depth=4,
         codebook_size=1024, codebook_dim=8, buffer_tokens=8, init="narrow"),
     "imagenet256": TokenizerConfig(),

@@ -80,7 +80,7 @@ def train(model, tokenizer, caches, classes, args, device):
         start, skipped = state["step"], state["skipped"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    data.prepare([model], args.steps, args, device)
+    data.compile_and_checkpoint([model], args.steps, args, device)
     ddp_model, stop_flag = data.distribute(model), data.StopFlag()
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     micro_batches = data.batch_keys(run, n, args, start)
@@ -170,8 +170,8 @@ def main():
         data.say(f"no --data given: taking --data {args.data}")
     train_set, val_set = data.open_data(args, tokenizer.config.image_size, args.ten_crop)
     args.lock = data.take_lock(args.out)      # held as long as the run has `args`
-    t, shape = tokenizer.config, {name: getattr(args, name) for name in PRESETS["tiny"]}
-    config = ARConfig(t.codebook_size, t.grid, t.prefix_tokens, len(train_set.classes), **shape)
+    like, shape = tokenizer.config, {name: getattr(args, name) for name in PRESETS["tiny"]}
+    config = ARConfig(like.codebook_size, like.grid, like.prefix_tokens, len(train_set.classes), **shape)
     caches = {split: data.TokenCache(f"{args.cache or args.out + '/tokens'}/{split}", dataset, tokenizer,
                                      device, args.workers)
               for split, dataset in (("train", train_set), ("val", val_set))}

@@ -164,7 +164,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     if stage == 1 and start and os.path.exists(paths[1]):
         raise InputError(f"stage 2 in {args.out} has begun on stage 1 as it was after {start} steps; "
                          f"give --steps {start} {args.steps[1]}, or start anew in another --out")
-    data.prepare([model.encoder, model.decoder], steps, args, device)
+    data.compile_and_checkpoint([model.encoder, model.decoder], steps, args, device)
     ddp_model, ddp_discriminator = data.distribute(model), data.distribute(discriminator)
     log = data.Log(f"{args.out}/log.jsonl", run, start)
     batches = data.batches(train.read, data.batch_keys(run, len(train), args, start), args.workers)
@@ -321,9 +321,8 @@ def main():
             model.swap_decoder(args.cold_swap)
         train_stage(model, train, val, args, judges, stop_flag, device)
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
-                             model=model.state_dict(),
-                             order=data.generation_order(config.grid).tolist(),
-                             data=(args.data, args.val_data))
+                             model=model.state_dict(), data=(args.data, args.val_data),
+                             order=data.generation_order(config.grid).tolist())
     data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --out")
 
 if __name__ == "__main__":

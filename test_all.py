@@ -6,7 +6,7 @@
     python test_all.py shapes out run-0 run-1        # a table of runs: are their samples what was asked for?
     python test_all.py sheet --png shapes.png        # labelled contact sheet of the built-in pictures
 """
-import argparse, contextlib, copy, functools, io, itertools, json, math, os, re, shutil, signal, subprocess
+import argparse, contextlib, functools, io, itertools, json, math, os, re, shutil, signal, subprocess
 import sys, time, timeit, unicodedata, warnings, zlib
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import scipy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch._inductor.utils import run_and_get_code
 
 import ar_model, data, fid, sample, train_ar, train_tokenizer
@@ -181,24 +181,14 @@ def test_an_epoch_sees_every_image_once():
     assert [index for _, index in keys[:23]] != [index for _, index in keys[23:46]]
 
 def test_token_cache_resumes(tmp_path):
-    model, shapes, folder = small_tokenizer(), data.Shapes("train", 32, 0, 100), tmp_path / "cache"
+    model = small_tokenizer(codebook_size=70_000)             # more than 16 bits; trained runs need fewer
+    shapes, folder = data.Shapes("train", 32, 0, 40), tmp_path / "cache"
     whole = np.array(data.TokenCache(folder, shapes, model, CPU).tokens)
-    assert np.array_equal(whole[:, 0], model.encode(pictures(range(100), 32, "train") / 255))
+    assert np.array_equal(whole[:, 0], model.encode(pictures(range(40), 32, "train") / 255))
     tokens = np.load(folder / "tokens.npy", mmap_mode="r+", allow_pickle=False)
-    tokens[10:60] = tokens[80, 0, 5:] = 64    # as a kill leaves it
-    tokens[70, 0, 3] = 65535                  # no token: damaged
+    tokens[10:25] = tokens[35, 0, 5:] = 70_000                # as a kill leaves it
+    tokens[30, 0, 3] = 2 ** 32 - 1            # no token: damaged
     assert (np.array(data.TokenCache(folder, shapes, model, CPU, batch_size=7).tokens) == whole).all()
-
-@pytest.mark.parametrize("there", {torch.backends.mkldnn.is_available(), False})
-@torch.no_grad()
-def test_packed_linear_layers_compute_the_same(there, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
-    model, tokens, classes = small_ar(), torch.randint(64, (2, 20)), torch.tensor([1, 2])
-    packed = data.pack_linears(copy.deepcopy(model))
-    before, after = ([type(module) for module in each.modules()] for each in (model, packed))
-    assert after.count(data.PackedLinear) == there * before.count(nn.Linear)
-    assert not differing(model.state_dict(), packed.state_dict())
-    assert torch.allclose(model(tokens, classes), packed(tokens, classes), atol=1e-5)
 
 # ---- tokenizer.py. First the idea: nobody looks ahead. -------------------------------------------
 
@@ -269,11 +259,11 @@ def rebuild(name, shape, seed=0):
         w = 1 + 0.1 * w if name.endswith("weight") else 1 + 0.1 * abs(w) if "running_var" in name else 0.1 * w
     return torch.from_numpy(np.asarray(w, np.float32))
 
-def released_tokenizer(stage, prefix_tokens=None):
+def released_tokenizer(stage):
     """A state dict with the authors' names and shapes. A name that is not theirs would give other weights."""
     decoder, released = "causal" if stage == 1 else "bidirectional", {}
     model = small_tokenizer(image_size=64, patch_size=16, encoder_width=64, decoder_width=128, head_dim=64,
-                            codebook_dim=16, buffer_tokens=32, decoder=decoder, prefix_tokens=prefix_tokens)
+                            codebook_dim=16, buffer_tokens=32, decoder=decoder)
     for name, value in model.state_dict().items():
         shape = tuple(value.shape)
         if name.endswith(("to_latent.weight", "head.proj.weight")):
@@ -289,7 +279,8 @@ def released_tokenizer(stage, prefix_tokens=None):
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     folder, state = tmp_path_factory.mktemp("released"), small_ar(width=96).state_dict()
-    torch.save({"model_state": released_tokenizer(1), "start_step": 5}, folder / "stage1.pth")
+    wrapped = {f"module._orig_mod.{name}": value for name, value in released_tokenizer(1).items()}
+    torch.save({"model_state": wrapped, "start_step": 5}, folder / "stage1.pth")
     torch.save(released_tokenizer(2), folder / "AliTok.pth")
     torch.save({name: rebuild("ar/" + name, value.shape) for name, value in state.items()}, folder / "ar.bin")
     return folder
@@ -312,18 +303,9 @@ def test_released_tokenizer(released):
     image = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, ramp[:, None] * ramp * 0.5 + 0.25])[None]
     near(two.encoder(image)[0, ::5, 3].detach(), [-1.19955, 0.88384, 0.08973, 0.083, 0.14676])
     assert two.encode(image).tolist() == [tokens[:7] + [34] + tokens[8:19] + [10, 24]]
-
-@pytest.mark.parametrize("prefix_tokens", [0, 4, 5])
-def test_released_tokenizers_of_any_prefix_paint(prefix_tokens, released, tmp_path):
-    torch.save(released_tokenizer(1, prefix_tokens), tmp_path / "1.pth")
-    model, images = load_tokenizer(tmp_path / "1.pth"), torch.rand(2, 3, 64, 64)
-    tokens, row = model.encode(images), images[:, :, :16]
-    _, strip = model.decode_causal(tokens)
-    target = {0: None, 4: row, 5: torch.cat([row[..., :16], row], 3)}[prefix_tokens]
-    assert strip is target or strip_target(images, model).equal(target) and strip.shape == target.shape
-    words = f"--tokenizer {tmp_path}/1.pth --ar {released}/ar.bin --png {tmp_path}/x.png"
-    must(sample, words, "--class 3 --n 2")
-    assert tokens.shape == (2, 16 + prefix_tokens) and Image.open(tmp_path / "x.png").size == (132, 262)
+    row, four = image[:, :, :16], small_tokenizer(image_size=64, patch_size=16, prefix_tokens=4)
+    assert strip_target(image, four).equal(row)
+    assert strip_target(image, one).equal(torch.cat([row[..., :16], row], 3))
 
 def test_full_size_presets_have_the_published_sizes():
     config = TokenizerConfig(decoder="bidirectional")
@@ -348,7 +330,7 @@ def test_ar_model_never_looks_ahead(first):
 def guided(one, null, scale, power):
     return null + torch.tensor([guidance(t, 21, scale, power) for t in range(21)])[:, None] * (one - null)
 
-def test_released_ar_model(released):
+def test_released_ar_model(released, tmp_path):
     ids = [44, 34, 29, 9, 25, 13, 18, 51, 44, 52, 58, 31, 63, 23, 26, 21, 51, 12, 56, 22, 23]
     model = load_ar(released / "ar.bin", grid=4)
     assert (model.config.heads, model.config.num_classes, model.config.depth) == (2, 10, 2)
@@ -357,6 +339,9 @@ def test_released_ar_model(released):
     near(one[::5, 17], [1.33625, 1.11961, -0.65183, 2.94142, 0.13733])
     near(null[::5, 17], [-1.92443, 1.40302, -0.83471, 2.87064, 0.01246])
     near(guided(one, null, 5.0, 1.3)[::5, 17], [1.33625, 1.05389, -0.41946, 3.14554, 0.63216])
+    words = f"--tokenizer {released}/AliTok.pth --ar {released}/ar.bin --png {tmp_path}/x.png"
+    must(sample, words, "--class 3 --n 2")
+    assert Image.open(tmp_path / "x.png").size == (132, 262)
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_cached_generation_equals_the_full_forward(scale):
@@ -398,6 +383,7 @@ def test_training_learns_and_stage_2_reconstructs_better_on_the_same_tokens(trai
     tokens = one.encode(images)
     assert torch.equal(two.encode(images), tokens)
     assert all(map(torch.equal, one.decode_causal(tokens), two.decode_causal(tokens)))
+    assert load_ar(trained / "ar.pt").tokenizer == two.fingerprint()         # there of packed layers
     state, finished = (load(trained / name)["model"] for name in ("ar_state.pt", "ar.pt"))
     assert not differing(state, finished)
 
@@ -409,14 +395,12 @@ def test_discriminator_computes_what_the_released_one_would():
                          "mix": "to_logits.0", "to_logits": "to_logits.2"}.items():
         for part, value in net.get_submodule(ours).named_parameters():
             value.data = rebuild(f"disc/{theirs}.{part}", value.shape, 7)
-    for size, logits, gradient in (           # of two pictures, and the sum of |d(-mean logits)/d pixel|
-            (64, [0.38434, 0.920737, 0.84204, 0.955258, 0.300864, 0.078489], 2.568108),
-            (48, [0.187711, 0.9475, 1.080543, 0.842730, 0.313932, -0.0976], 3.014489)):
-        pixels = np.random.RandomState(size).randint(0, 256, (2, size, size, 3)).astype(np.uint8)
-        images = (torch.stack([*map(data.to_tensor, pixels)]) / 255).requires_grad_()
-        computed = net(images)
-        near(computed.flatten()[::100].detach(), logits)
-        assert torch.autograd.grad(-computed.mean(), images)[0].abs().sum().item() == pytest.approx(gradient)
+    pixels = np.random.RandomState(64).randint(0, 256, (2, 64, 64, 3)).astype(np.uint8)
+    images = (torch.stack([*map(data.to_tensor, pixels)]) / 255).requires_grad_()
+    logits = net(images)
+    near(logits.flatten()[::100].detach(), [0.38434, 0.920737, 0.84204, 0.955258, 0.300864, 0.078489])
+    gradient, = torch.autograd.grad(-logits.mean(), images)
+    assert gradient.abs().sum().item() == pytest.approx(2.568108)
 
 def test_vision_networks_compute_what_the_published_ones_would(tmp_path):
     judges = fid.load_judges("random", CPU)
@@ -481,8 +465,11 @@ def test_shipped_pair_paints_a_red_triangle(tmp_path, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")          # as on processors without bfloat16
     python(HERE / "sample.py", *split(["--class 207 --n 2 --dtype bfloat16 --png plain.png"]), cwd=tmp_path)
     assert (cells("plain.png", 1, 64) - grid).abs().mean() < 0.1
-    causal, _ = tokenizer.decode_causal(tokens)
-    assert 20 < fid.psnr(causal, tokenizer.decode(tokens)).min() < 60
+    out = must(sample, "--reconstruct shapes -n 1 --png both.png")
+    original, *painted = cells("both.png", 3, 64)             # by the causal decoder, and by the other
+    told = [float(number) for number in re.findall(r"([\d.]+) dB", out)]
+    assert told == pytest.approx(fid.psnr(torch.stack(painted), original).tolist(), abs=0.2)
+    assert 20 < told[0] < told[1]
 
 def test_painted_patches_are_certain():
     model = small_tokenizer()
@@ -511,13 +498,6 @@ def test_completions_go_on_from_the_picture(trained, tmp_path):
     first, kept, *_ = cells(path, 5)
     assert torch.allclose(first, original[0], atol=BITS) and kept[:, :16].std() > 0.01
     assert (kept[:, 16:] - sample.UNPAINTED).abs().max() < BITS              # 13 tokens: 8 patches
-
-def test_reconstruct_shows_both_stages(trained, tmp_path):
-    folder, path = write_images(tmp_path / "photos", ["cat"], 4), tmp_path / "r.png"
-    out = must(sample, f"--tokenizer {trained}/tokenizer.pt --reconstruct {folder} --png {path} -n 3")
-    told = [float(number) for number in re.findall(r"([\d.]+) dB", out)]
-    rows = cells(path, 3).split(3)            # an original and its two reconstructions each
-    assert told == pytest.approx(sum((fid.psnr(row[1:], row[:1]).tolist() for row in rows), []), abs=0.2)
 
 # ---- fid.py --------------------------------------------------------------------------------------
 
@@ -571,16 +551,13 @@ def test_precision_and_recall():
     assert 0 < min(expected) < max(expected) < 1 and fid.precision_recall(a, a) == (1, 1)
     assert fid.precision_recall(a, a + 50) == (0, 0) and fid.precision_recall(a[:3], b) == (None, None)
 
-def test_psnr():
-    a = torch.rand(2, 3, 14, 12)
-    assert fid.psnr(a, a + 0.1).tolist() == pytest.approx([20, 20], abs=1e-3)
-
 def test_tokenizer_report(trained):
     model, images = load_tokenizer(trained / "tokenizer.pt"), pictures(range(6)) / 255
     words = f"--tokenizer {trained}/tokenizer.pt --inception random --data shapes --num-images 6"
     report, tokens = json.loads(must(fid, words)), model.encode(images)
     painted = (model.decode(tokens) * 255).round() / 255
-    assert report["PSNR"] == pytest.approx(fid.psnr(painted, images).mean().item(), rel=1e-4)
+    psnr = -10 * (painted - images).square().mean((1, 2, 3)).log10()
+    assert report["PSNR"] == pytest.approx(psnr.mean().item(), rel=1e-4)
     assert report["codebook_use"] == pytest.approx(len(tokens.unique()) / 64) and report["rFID"] > 0
 
 def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch, inception):
@@ -601,57 +578,44 @@ def bad(tmp_path_factory, trained):
     """A folder of things that are wrong, for the table below."""
     bad = tmp_path_factory.mktemp("bad")
     (bad / "nothing" / "cat").mkdir(parents=True)
-    write_images(bad / "single", ["cat"], 1)
     photo = (write_images(bad / "other", ["bird"]) / "bird" / "0.jpg").read_bytes()
-    png = (bad / "other" / "bird" / "1.png").read_bytes()
-    for kind, content in (("broken", b"no picture"), ("truncated", photo[:len(photo) // 2]),
-                          ("spoilt", png[:3000] + bytes(1000) + png[4000:])):
+    for kind, content in (("broken", b"no picture"), ("truncated", photo[:len(photo) // 2])):
         (write_images(bad / kind) / "cat" / "7.jpg").write_bytes(content)
     Image.new("RGB", (1, 1), "red").save(bad / "broken" / "cat" / "pixel.png")         # even this will do
-    Image.new("RGB", (5000, 1)).save(write_images(bad / "thin") / "cat" / "7.png")
     tokenizer, codebook = load(trained / "tokenizer.pt"), torch.zeros(64, 8)
     hostile = type("Hostile", (), {"__reduce__": lambda self: (os.mkdir, (str(bad / "pwned"),))})
     for name, content in {
-            "list": [1, 2], "misfit": tokenizer | {"config": tokenizer["config"] | {"codebook_size": 128}},
+            "misfit": tokenizer | {"config": tokenizer["config"] | {"codebook_size": 128}},
             "other": tokenizer | {"model": tokenizer["model"] | {"quantizer.codebook": codebook}},
-            "surplus": released_tokenizer(2) | {"extra": codebook}, "hostile": {"config": hostile()},
-            "lacking": {"quantize.embedding.weight": codebook}}.items():
+            "lacking": {"quantize.embedding.weight": codebook}, "hostile": {"config": hostile()}}.items():
         torch.save(content, bad / f"{name}.pt")
     (bad / "cut.pt").write_bytes((trained / "tokenizer.pt").read_bytes()[:-5000])
-    shutil.copytree(trained / "tokens", bad / "short")
-    os.truncate(bad / "short" / "train" / "tokens.npy", 5000)
+    shutil.copy(trained / "ar.pt", bad)       # without the state that it came from
     images = pictures(range(4)).permute(0, 2, 3, 1).numpy()
     for name, arrays in {
             "good": {"arr_0": images}, "one": {"arr_0": images[:1]}, "float": {"arr_0": images / 255},
-            "odd": {"x": images}, "width": {"mu": np.zeros(64), "sigma": np.eye(64)},
-            "origin": {"mu": np.zeros(2048), "sigma": np.eye(2048)}}.items():
+            "odd": {"x": images}, "origin": {"mu": np.zeros(2048), "sigma": np.eye(2048)}}.items():
         np.savez(bad / f"{name}.npz", **arrays)
-    whole = (bad / "good.npz").read_bytes()
-    (bad / "flipped.npz").write_bytes(whole[:5000] + bytes([whole[5000] ^ 255]) + whole[5001:])
     return bad
 
 FEW = {train_tokenizer: f"{SHAPE} --steps 50 1 --batch-size 4", sample: "", fid: "--inception random",
        train_ar: "--steps 5 --batch-size 8 --num-pictures 200 --width 64 --depth 2"}
 BAD = {train_tokenizer: {                     # {words: what the message has to name}
-    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/thin": "thin", "--data {bad}/spoilt": "7.jpg",
-    "--seed 1" + "0" * 20: "--seed",
-    "--data {bad}/nothing": "nothing/cat", "--data {bad}/single": "single", "--clip nan": "--clip",
-    "--data {bad}/other --out {bad}/other/out": "among the pictures", "--val-data {bad}/other": "--val-data",
-    "--data {bad}/truncated --workers 2": "7.jpg", "--image-size 60": "multiple of",
-    "--device mps": "mps", "--batch-size 9 --accum 2": "multiple", "--out {bad}/cut.pt/x": "pt/x",
-    "--recipe paper --no-perceptual --steps 2 9": "too few",
-    "--recipe paper --vision-weights {bad}/other --steps 9 9": "convnext_small", "--steps 0 5": "--steps",
+    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/nothing": "nothing/cat", "--steps 0 5": "--steps",
+    "--data {bad}/truncated --workers 2": "7.jpg", "--image-size 60": "multiple of", "--device mps": "mps",
+    "--data {bad}/other --out {bad}/other/out": "among the pictures", "--prefix-tokens 3": "3 prefix",
+    "--batch-size 9 --accum 2": "multiple", "--recipe paper --no-perceptual --steps 2 9": "too few",
+    "--recipe paper --vision-weights {bad}/other --steps 9 9": "convnext_small",
     "--stage 2": "no such checkpoint", "--stage 2 --out {trained} --codebook-size 128": "takes its shape",
     "--out {trained} --resume --steps 150 100 --batch-size 8 --lr 0.5": "now 0.5",
     "--out {trained} --resume --steps 151 100 --batch-size 8": "stage 2", "--out {trained}": "already",
-    "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150", "--prefix-tokens 3": "3 prefix"
+    "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150"
 }, train_ar: {
+    "": "no such checkpoint", "--out {bad} --resume": "ar.pt is there already",
     "--tokenizer {tok} --data {bad}/truncated --val-data {bad}/other": "other classes",
-    "": "no such checkpoint", "--tokenizer {bad}/other.pt --cache {trained}/tokens": "tokenizer",
+    "--tokenizer {bad}/other.pt --cache {trained}/tokens": "tokenizer", "--tokenizer {bad}/cut.pt": "cut.pt",
     "--tokenizer {trained}/ar.pt": "kind 'tokenizer'", "--tokenizer {bad}/hostile.pt": "run code",
-    "--tokenizer {bad}/cut.pt": "cut.pt", "--tokenizer {bad}/list.pt": "list",
-    **{f"--tokenizer {{bad}}/{name}.pt": "does not fit" for name in ("misfit", "lacking", "surplus")},
-    "--tokenizer {tok} --cache {bad}/short": "damaged",
+    "--tokenizer {bad}/misfit.pt": "does not fit", "--tokenizer {bad}/lacking.pt": "does not fit",
     "--tokenizer {tok} --cache {trained}/tokens --seed 1": "seed 1", "--tokenizer {tok} --width 9": "a head"
 }, sample: {
     "": "--class", "--out {trained} --class 1000": "1000", "--out {trained} --class dodo": "dodo",
@@ -660,9 +624,8 @@ BAD = {train_tokenizer: {                     # {words: what the message has to 
     "--npz {out}.npz --num-images 9 --out {trained}": "multiple"
 }, fid: {
     "{bad}/nowhere": "{bad}/nowhere", "{bad}/one.npz": "two images", "{bad}/float.npz": "float64",
-    "{bad}/odd.npz": "arr", "{bad}/width.npz": "(2048,)", "{bad}/origin.npz": "rand", "{bad}/cut.pt": "cut",
-    "{bad}/other": "one size", "{bad}/flipped.npz": "damaged", "{bad}/good.npz --data shapes": "--data",
-    "{bad}/one.npz --inception {tok}": "does not fit"}}
+    "{bad}/odd.npz": "arr", "{bad}/origin.npz": "rand", "{bad}/cut.pt": "cut", "{bad}/other": "one size",
+    "{bad}/one.npz --inception {tok}": "does not fit", "{bad}/one.npz --save-stats {bad}/one.npz": "already"}}
 
 @pytest.mark.parametrize("module, words", [(module, words) for module in BAD for words in BAD[module]])
 def test_bad_input(module, words, bad, trained, tmp_path):
@@ -695,135 +658,71 @@ def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
 
 # ---- What surrounds a run: folders, data that changes, two runs, a screen that goes away -----------
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Two classes as people have them: one behind a link, and much that is no picture beside them."""
-    place = tmp_path_factory.mktemp("photos")
-    folder = write_images(place / "photos", ["cat"], 3)
-    (folder / "Zoë").symlink_to(write_images(place / "elsewhere", ["dog"], 3) / "dog")
-    image, cat = Image.open(folder / "cat/1.png"), folder / "cat"
-    for name in ("a.jfif", "b.tif", "c.gif", "d.avif", os.fsdecode(b"caf\xe9.jpg")):
-        image.save(cat / name, format={"jfif": "JPEG"}.get(name.split(".")[-1]))
-    for hidden in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
-        (cat / hidden).mkdir()
-        image.save(cat / hidden / "1.png")
-    (cat / "loop").symlink_to(folder)
-    (cat / "notes.txt").write_text("none")
-    (cat / "x.heic").write_text("none")
-    notes, exif = PngImagePlugin.PngInfo(), b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"
-    notes.add_text("long", "x" * 2_000_000, zip=True)
-    image.save(cat / "long.png", pnginfo=notes, exif=exif)
-    return folder
-
-def test_one_listing_of_folders(photos, tmp_path):
-    paths = data.image_files(photos)
-    assert len(paths) == 12 and sum(path.startswith("cat") for path in paths) == 9
-    code, _, err = command(train_tokenizer, f"--data {photos} --out {tmp_path} --steps 2 1", TOKENIZER)
-    assert code == 0 and "12 pictures in 2 folders (Zoë, cat); left out: 1 .txt, 1 .heic" in err
-    _, out, err = command(train_ar, f"--out {tmp_path} --steps 2 --workers 1")         # on the same pictures
-    assert f"--data {photos}" in out and "12 pictures" in err and (tmp_path / "ar.pt").exists()
-    report = json.loads(must(fid, f"--tokenizer {tmp_path}/tokenizer.pt --data {photos} --inception random"))
-    assert report["images"] == [12]
+def test_folders_as_people_have_them(tmp_path):
+    """Two classes, one behind a link, and much that is no picture beside them."""
+    folder, out = write_images(tmp_path / "photos", ["cat"], 3), tmp_path / "out"
+    (folder / "Zoë").symlink_to(write_images(tmp_path / "elsewhere", ["dog"], 3) / "dog")
+    shutil.copy(folder / "cat/1.png", folder / "cat" / os.fsdecode(b"caf\xe9.png"))
+    shutil.copytree(folder / "cat", folder / "cat/.ipynb_checkpoints")
+    (folder / "cat" / "loop").symlink_to(folder)
+    (folder / "cat" / "notes.txt").write_text("none")
+    code, _, err = command(train_tokenizer, f"--data {folder} --out {out} --steps 2 1", TOKENIZER)
+    assert code == 0 and "7 pictures in 2 folders (Zoë, cat); left out: 1 .txt\n" in err
+    assert f"--data {folder}" in must(train_ar, f"--out {out} --steps 2 --workers 1")  # on the same pictures
+    report = must(fid, f"--tokenizer {out}/tokenizer.pt --data {folder} --inception random")
+    assert json.loads(report)["images"] == [7]
     name = unicodedata.normalize("NFD", "Zoë")
-    must(sample, f"--out {tmp_path} --n 2 --seed 3 --cfg-scale 2 --class {name}")
-    assert (tmp_path / "class_0_cfg_scale2.0_seed3.png").exists()
-    must(sample, f"--out {tmp_path} --n 2 --class 1 --png {tmp_path}/each/")
-    assert {path.name for path in (tmp_path / "each").iterdir()} == {f"class_1_0000{k}.png" for k in (0, 1)}
-    assert must(sample, f"--out {tmp_path} --classes").split() == ["0", "Zoë", "1", "cat"]
+    must(sample, f"--out {out} --n 2 --seed 3 --cfg-scale 2 --class {name}")
+    must(sample, f"--out {out} --n 2 --class 1 --png {out}/each/")
+    names = {path.name for path in out.rglob("class_*.png")}
+    assert names == {"class_0_cfg_scale2.0_seed3.png", "class_1_00000.png", "class_1_00001.png"}
+    assert must(sample, f"--out {out} --classes").split() == ["0", "Zoë", "1", "cat"]
 
-def test_data_is_known_by_names_sizes_and_times(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")     # alone it starts no ranks
+def test_data_is_known_by_names_sizes_and_times(tmp_path):
     folder, words = write_images(tmp_path / "photos"), f"--out {tmp_path}/out --steps 2"
     must(train_tokenizer, words, f"1 --data {folder} --val-data {folder}", TOKENIZER)
     must(train_ar, words)
     moved = folder.rename(tmp_path / "moved")
-    with open(tmp_path / "out/log.jsonl", "a") as file:
-        file.write("\n")                      # a blank line does no harm
     must(train_ar, words, f"--resume --data {moved} --val-data {moved}")
     Image.new("RGB", (40, 40)).save(moved / "dog" / "1.png")
     for module, more in ((train_ar, ""), (train_tokenizer, f"1 {TOKENIZER}")):
         code, _, err = command(module, words, more, f"--resume --data {moved} --val-data {moved}")
         assert code == 2 and "pictures of class dog" in err and "of class cat" not in err, err
 
-def test_only_what_decodes_wrongly_is_a_bad_picture(tmp_path):
-    folder = write_images(tmp_path / "photos")
-    (folder / "cat" / "9.jpg").symlink_to("/not/mounted.jpg")
-    words = f"--data {folder} --out {tmp_path}/out --skip-bad-images"
-    code, _, err = command(train_tokenizer, words, TOKENIZER)
-    assert code == 2 and "9.jpg" in err
-
 def test_saves_come_before_evaluations(bad, tmp_path):                       # and flat folders will do
     words = f"--data {bad}/other/bird --val-data {bad}/broken --out {tmp_path} --steps 4 1 --eval-every 2"
     code, _, err = command(train_tokenizer, words, "--save-every 2", TOKENIZER)
     assert code == 2 and "7.jpg" in err and load(tmp_path / STATES[0])["step"] == 2
 
-def test_caches_of_large_codebooks(tmp_path):
-    model = small_tokenizer(codebook_size=70_000)
-    cache = data.TokenCache(tmp_path, data.Shapes("train", 32, 0, 4), model, CPU)
-    assert cache.tokens.dtype == np.uint32 and cache.tokens.max() < 70_000
-
-def test_resume_without_a_state_replaces_nothing(trained, tmp_path):
-    shutil.copy(trained / "ar.pt", tmp_path)
-    code, _, err = command(train_ar, f"--out {tmp_path} --resume", on_tokens(trained))
-    assert code == 2 and "ar.pt is there already" in err
-
-def test_results_are_printed_before_they_are_saved(bad, tmp_path):
-    words = f"{bad}/good.npz --inception random --save-stats"
-    assert "already" in command(fid, words, bad / "good.npz")[2]
-    code, out, err = command(fid, words, bad / "cut.pt/x.npz")
-    assert code == 2 and "IS" in json.loads(out) and "can't write" in err
-
-@pytest.mark.parametrize("sign, hint", data.HINTS.items())
-def test_hints(sign, hint):
-    told = python("-c", f"import data\ndef main(): raise RuntimeError('{sign}')\ndata.run(main)", fails=True)
-    assert "Traceback" in told and hint in told.splitlines()[-1]
-
-def test_weights_of_other_training_code(released, tmp_path):
-    state = {f"module._orig_mod.{name}": value for name, value in load(released / "AliTok.pth").items()}
-    torch.save({"ema": state}, tmp_path / "ema.pth")
-    one, two = (load_tokenizer(path).state_dict() for path in (tmp_path / "ema.pth", released / "AliTok.pth"))
-    assert not differing(one, two)
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])       # torch.save has a kind of its own
+def test_full_disk_leaves_the_last_checkpoint(kind, tmp_path):
+    def write_half(file):
+        file.write(b"half")
+        raise kind("No space left on device")
+    data.save_checkpoint(tmp_path / "state.pt", step=1)
+    with pytest.raises(data.InputError, match="can't write"):
+        data.replace_file(tmp_path / "state.pt", write_half)
+    assert load(tmp_path / "state.pt") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
 
 FAST = set(globals())     # ==== All tests below are slow: pipelines, kills, ranks, changes ===============
 
 def test_two_runs_share_a_cache_but_not_a_folder(trained, tmp_path):
     words = f"{AR} --tokenizer {trained}/tokenizer.pt --num-pictures 5000 --steps 2 --cache {tmp_path}/tokens"
-    runs = []
-    for name in "aab":
-        call = [sys.executable, HERE / "train_ar.py", *split([words, "--out", tmp_path / name])]
-        runs.append(subprocess.Popen(call, text=True, stderr=subprocess.PIPE))
+    script = sys.executable, HERE / "train_ar.py"
+    calls = [[*script, *split([words, "--out", tmp_path / name])] for name in "aab"]
+    runs = [subprocess.Popen(call, text=True, stderr=subprocess.PIPE) for call in calls]
     told = [run.communicate()[1] for run in runs]
     assert sorted(run.returncode for run in runs) == [0, 0, 2], told
     assert any("a is in use by process" in text for text in told)
-    must(train_ar, words.replace("/tokens", "/alone"), "--out", tmp_path / "c")
-    one, two = (data.open_array(tmp_path / name / "train/tokens.npy") for name in ("tokens", "alone"))
-    assert (one == two).all()
 
-def test_screen_that_goes_away(tmp_path):
-    words = f"{TOKENIZER} --steps 500 1 --save-every 5"
-    process = start(tmp_path / STATES[0], HERE / "train_tokenizer.py", words)
-    process.stdout.close()
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 128 + signal.SIGHUP and load(tmp_path / STATES[0])["step"] > 5
-
-def test_reading_processes_under_spawn(photos, tmp_path):
-    python("-c", f"""if __name__ == "__main__":
-        import multiprocessing, sys, data, fid, train_ar, train_tokenizer
+def test_spawned_reading_processes_end_with_the_run(bad, tmp_path):
+    words = ["x", TOKENIZER, f"--data {bad}/truncated --workers 2 --out {tmp_path}"]
+    told = python("-c", f"""if __name__ == "__main__":
+        import multiprocessing, sys, data, train_tokenizer
         multiprocessing.set_start_method("spawn")
-        for module, words in (
-                (train_tokenizer, "--data {photos} --out {tmp_path} --steps 2 1 {TOKENIZER}"),
-                (train_ar, "--ten-crop --steps 2 --out {tmp_path}"),
-                (fid, "--tokenizer {tmp_path}/tokenizer.pt --data {photos} --inception random")):
-            sys.argv = ["x", *words.split(), "--workers", "1"]
-            data.run(module.main)""")
-
-def test_error_of_a_reading_process_comes_at_once(tmp_path):
-    told = python("-c", f"""import sys, data, train_tokenizer
-def read(self, epoch, index): raise RuntimeError("boom")
-data.Shapes.read = read
-sys.argv = {split(["x", TOKENIZER, "--workers 2 --out", tmp_path])}
-data.run(train_tokenizer.main)""", fails=True)
-    assert told.strip().endswith("boom") and "Alarm" not in told
+        sys.argv = {split(words)}
+        data.run(train_tokenizer.main)""", fails=True)
+    assert "cat/7.jpg is not a readable image" in told and "Alarm" not in told
 
 @pytest.mark.parametrize("flags, tokens", [("--prefix-tokens 0", 16), ("--prefix-tokens 4 --cold-swap", 20),
                                            ("--decoder bidirectional", 21), ("--encoder causal", 21)])
@@ -857,13 +756,11 @@ def test_compiled_generation_equals_the_plain_one_and_copies_no_cache():
     assert torch.equal(result, plain) and 0 < max(sizes) < model.caches_for(6)[0][0].numel(), sizes
 
 @pytest.mark.parametrize("compiler", ["/nowhere", pytest.param("g++", marks=needs_compiler)])
-def test_training_without_glibc_with_and_without_a_compiler(compiler, tmp_path, monkeypatch):
+def test_training_with_and_without_a_compiler(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     python("-c", """if True:
         import data, test_all as t, torch
-        with t.mock.patch("ctypes.CDLL", side_effect=OSError):
-            data.keep_memory()
         plain, compiled = t.small_ar().train(), t.small_ar().train()
         args = t.SimpleNamespace(compile=True, grad_checkpoint=False)
         data.compile_and_checkpoint([compiled], 4000, args, t.CPU)
@@ -888,23 +785,27 @@ def test_fine_tuning_starts_where_the_other_model_ended(trained, tmp_path):
     assert model.embeddings.weight.equal(old.embeddings.weight[rows])
     assert {place[0] for place in differing(old.state_dict(), model.state_dict())} == {"embeddings.weight"}
 
-PAPER = (f"--recipe paper {SHAPE} --batch-size 1 --seed 3 --eval-images 2 --warmup 2 --dtype float32 "
+PAPER = (f"--recipe paper {SHAPE} --batch-size 1 --seed 3 --eval-images 2 --warmup 2 --dtype bfloat16 "
          "--vision-weights random --steps 6 6 --save-every 1")
 STATES = "tokenizer_stage1.pt", "tokenizer_stage2.pt", "tokenizer.pt"
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory):
-    """The paper's recipe, in small and undisturbed, with a copy of each save in saves/."""
-    out = tmp_path_factory.mktemp("paper")
-    with pytest.MonkeyPatch.context() as patch:
+    """The paper's recipe, in small and undisturbed, with a copy of each save in saves/. -> its folder, and
+    the kinds of modules that ran, each with the dtype of what it returned."""
+    out, ran = tmp_path_factory.mktemp("paper"), set()
+    def note(module, _, output):
+        ran.add((type(module).__name__, getattr(output, "dtype", None)))
+    with pytest.MonkeyPatch.context() as patch, nn.modules.module.register_module_forward_hook(note):
         copy_saves(patch, out / "saves")
         must(train_tokenizer, f"--out {out} --data", write_images(out / "photos"), PAPER)
-    return out
+    return out, ran
 
 def test_losses_reach_tokenizer_and_discriminator_in_turns(paper):
     """Phases of 1, 3 and 2 steps. What moved in a step, by the states saved before and after it."""
+    folder, ran = paper
     for stage in (1, 2):
-        states = [load(paper / "saves" / f"tokenizer_stage{stage}.{step:02d}.pt") for step in range(1, 7)]
+        states = [load(folder / "saves" / f"tokenizer_stage{stage}.{step:02d}.pt") for step in range(1, 7)]
         for step, (before, after) in enumerate(zip(states, states[1:]), 1):
             moved = {place[place[0] == "model"].split(".")[0] for place in differing(before, after)}
             learning = {"encoder", "quantizer", "decoder"} if stage == 1 else {"decoder"}
@@ -916,17 +817,11 @@ def test_losses_reach_tokenizer_and_discriminator_in_turns(paper):
         terms = {1: {"perceptual", "lpips"} | own, 2: {"perceptual"} | own, 5: {"discriminator"},
                  6: {"discriminator", "gan", "perceptual"} | own}
         assert all(set(states[step - 1]["losses"]) == terms[step] for step in terms), stage
-    ends = (load(paper / "saves" / f"tokenizer_stage{name}.pt") for name in ("1.06", "2.01"))
+    ends = (load(folder / "saves" / f"tokenizer_stage{name}.pt") for name in ("1.06", "2.01"))
     assert not differing(*(state["discriminator"] for state in ends))        # it goes on, decoder and all
-
-def test_loss_networks_compute_in_float32(tmp_path):
-    found, losses = set(), {"Discriminator", "ConvNeXt", "LPIPS"}
-    def note(module, _, output):
-        found.add((type(module).__name__, getattr(output, "dtype", None)))
-    with nn.modules.module.register_module_forward_hook(note):
-        must(train_tokenizer, f"--out {tmp_path}", PAPER, "--dtype bfloat16 --num-pictures 50")
-    assert {pair for pair in found if pair[0] in losses} == {(name, torch.float32) for name in losses}
-    assert ("MLP", torch.bfloat16) in found
+    losses = {"Discriminator", "ConvNeXt", "LPIPS"}           # in float32, whatever the tokenizer computes in
+    assert {pair for pair in ran if pair[0] in losses} == {(name, torch.float32) for name in losses}
+    assert ("MLP", torch.bfloat16) in ran
 
 def assert_same_run(whole, broken, *names):
     for name in names:
@@ -942,22 +837,11 @@ def test_interrupted_in_every_phase_equals_uninterrupted(paper, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGINT)
         return read(flag, step)
     monkeypatch.setattr(data.StopFlag, "read", interrupted)
-    words = f"--out {tmp_path} --data {paper}/photos {PAPER} --resume --workers 1"
+    words = f"--out {tmp_path} --data {paper[0]}/photos {PAPER} --resume --workers 1"
     while breaks:
         assert command(train_tokenizer, words)[0] == 128 + signal.SIGINT
     must(train_tokenizer, words)
-    assert_same_run(paper, tmp_path, *STATES)
-
-@pytest.fixture(scope="module", params=[train_tokenizer, train_ar])
-def uninterrupted(request, trained, tmp_path_factory):
-    """A script, the name of its state, words, and the folder of a run that nothing disturbed."""
-    whole, words = tmp_path_factory.mktemp("whole"), f"{TOKENIZER} --dtype float32 --steps 60 1 --stage 1"
-    state = STATES[0]
-    if request.param is train_ar:
-        state, words = "ar_state.pt", on_tokens(trained) + " --dropout 0.1"
-    words += " --save-every 5"
-    must(request.param, f"--out {whole}", words)
-    return request.param, state, words, whole
+    assert_same_run(paper[0], tmp_path, *STATES)
 
 def start(path, *words):
     """Start a command and wait for its first save, at `path`. -> the process, in a group of its own"""
@@ -968,30 +852,22 @@ def start(path, *words):
     assert process.poll() is None, process.communicate()[0]
     return process
 
+@pytest.mark.parametrize("module", [train_tokenizer, train_ar])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_and_resumed_equals_uninterrupted(number, uninterrupted, tmp_path):
-    module, state, words, whole = uninterrupted
-    process = start(tmp_path / state, Path(module.__file__), words, "--workers 2")
+def test_killed_and_resumed_equals_uninterrupted(module, number, trained, tmp_path):
+    whole, broken, state, words = tmp_path / "whole", tmp_path / "broken", "ar_state.pt", "--save-every 5"
+    if module is train_tokenizer:
+        state, words = STATES[0], f"{words} {TOKENIZER} --dtype float32 --steps 60 1 --stage 1"
+    else:
+        words = f"{words} {on_tokens(trained)} --dropout 0.1"
+    must(module, f"--out {whole}", words)
+    process = start(broken / state, Path(module.__file__), words, "--workers 2")
+    process.stdout.close()                    # the screen goes away, as after Ctrl-C in `| tee log`
     os.killpg(process.pid, number)            # reading processes and all, as a terminal and a cluster do it
-    told, saved = process.communicate()[0], load(tmp_path / state)["step"]
-    assert 0 < saved < load(whole / state)["step"]
-    if number != signal.SIGKILL:
-        assert process.returncode == 128 + number and f"step {saved}" in told, told
-    must(module, f"--out {tmp_path} --resume --workers 1 --grad-checkpoint", words)  # changes nothing
-    assert_same_run(whole, tmp_path, state)
-
-def test_full_disk_leaves_the_last_checkpoint(uninterrupted, tmp_path):
-    """No file may grow beyond a tenth of the state. The run goes on from step 30, and can't save."""
-    module, state, words, whole = uninterrupted
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    torch.save(load(tmp_path / state) | {"step": 30}, tmp_path / state)
-    before, limit = (tmp_path / state).read_bytes(), os.path.getsize(tmp_path / state) // 10
-    told = python("-c", f"""import data, resource, sys, {module.__name__} as module
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.argv = {split(['x', words, '--resume --out', tmp_path])}
-data.run(module.main)""", fails=True)
-    assert f"error: can't write {tmp_path}" in told and "Traceback" not in told, told
-    assert (tmp_path / state).read_bytes() == before and not list(tmp_path.rglob("*.tmp"))
+    assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    assert 0 < load(broken / state)["step"] < load(whole / state)["step"]
+    must(module, f"--out {broken} --resume --workers 1 --grad-checkpoint", words)      # changes nothing
+    assert_same_run(whole, broken, state)
 
 def test_npz_of_every_class_resumes(trained, tmp_path):
     path, done = tmp_path / "samples.npz", None
@@ -1022,13 +898,10 @@ def test_npz_folder_and_statistics_give_the_same_numbers(tmp_path, inception):
         Image.fromarray(image).save(tmp_path / "b" / str(k // 4) / "deep" / f"{k}.png")
     one, two = judge("b.npz", "--batch-size 4"), judge("b", f"--save-stats {tmp_path}/stats.npz")
     assert one["images"] == [8, 10] and one["inception"] == data.file_digest(inception)[:8]
-    stats = dict(np.load(tmp_path / "stats.npz", allow_pickle=False))
-    np.savez(tmp_path / "both.npz", arr_0=images[4:], **{**stats, "mu": stats["mu"] + 1})
-    stats, both = judge("stats.npz"), judge("both.npz")
+    stats = judge("stats.npz")
     for name in ("FID", "sFID", "IS", "precision", "recall"):
         assert one[name] == pytest.approx(two[name], rel=1e-4), name
         assert stats[name] == (pytest.approx(two[name]) if "FID" in name else None), name
-        assert (both[name] == pytest.approx(one[name], rel=1e-4)) == (name != "FID"), name
 
 RANKS = f"--steps 20 20 {TOKENIZER} --recipe paper --no-perceptual --dtype float32 --save-every 5"
 

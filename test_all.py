@@ -806,7 +806,7 @@ def test_interrupted_in_every_phase_equals_uninterrupted(paper, tmp_path, monkey
         if breaks and step == breaks[0]:
             breaks.pop(0)
             pids = [process.pid for process in multiprocessing.active_children()] + [os.getpid()]
-            python("-c", f"import os\nfor pid in {pids}: os.kill(pid, 15)")  # from outside, as a cluster does it
+            python("-c", f"import os\nfor pid in {pids}: os.kill(pid, 15)")     # from outside
         return read(flag, step)
     monkeypatch.setattr(data.StopFlag, "read", interrupted)
     words = f"--out {tmp_path} --data {whole}/photos/cat {PAPER} --resume --workers 1 --grad-checkpoint"

@@ -4,6 +4,7 @@
     python -m pytest -m "not slow" test_all.py       # about a minute: no kills, ranks, pipelines, compiler
     python test_all.py benchmark                     # milliseconds a token in sampling, each way
     python test_all.py shapes out run-0 run-1        # a table of runs: are their samples what was asked for?
+    python test_all.py claims study                  # trains for hours, prints the tables of docs/claims.md
     python test_all.py sheet --png shapes.png        # labelled contact sheet of the built-in pictures
 """
 import argparse, contextlib, functools, io, itertools, json, math, multiprocessing, os, re, shutil, signal
@@ -24,7 +25,7 @@ from torch._inductor.utils import run_and_get_code
 
 import ar_model, data, fid, sample, train_ar, train_tokenizer
 from ar_model import ARConfig, ARModel, guidance, image_uniforms, load_ar, sample_tokens
-from tokenizer import RELEASED_NAMES, Tokenizer, TokenizerConfig, load_tokenizer, strip_target
+from tokenizer import RELEASED_NAMES, Decoder, Tokenizer, TokenizerConfig, load_tokenizer, strip_target
 
 HERE, CPU = Path(__file__).resolve().parent, torch.device("cpu")
 BITS = 1.6 / 255                              # two roundings to 8 bits apart
@@ -963,6 +964,28 @@ def test_benchmark_shapes_table_and_sheet(trained, tmp_path, capsys):
     contact_sheet(tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").width > 960
 
+def test_claims(tmp_path, capsys):
+    study = [("leaves", "causal, causal encoder", 64, 4), ("shapes", "bidirectional", 64, 1)]
+    claims(tmp_path, seeds=[0], study=study, share=0.004)
+    first = capsys.readouterr().out
+    claims(tmp_path, seeds=[0], study=study, share=0.004)     # finds all done
+    assert capsys.readouterr().out == first
+    leaves = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", first.split("\nshapes\n")[0], re.M))
+    bits = {name.removeprefix("bits, "): float(leaves[name]) for name in leaves if name.startswith("bits, ")}
+    assert float(leaves["looks ahead"]) == 0 and len(set(bits.values())) == len(bits) == 4
+    assert float(leaves["direction gap, bits"]) == pytest.approx(bits["backward"] - bits["forward"], abs=0.1)
+    assert all(8 < float(leaves[name]) < 20 for name in leaves if name.startswith("PSNR"))
+
+def test_bits_of_what_is_known_and_of_what_is_not():
+    """The second token repeats the first, the others are even: an AR model finds that in every order."""
+    tokens = torch.randint(8, (4000, 4), generator=torch.Generator().manual_seed(0))
+    tokens[:, 1] = tokens[:, 0]
+    sets = {"train": tokens[:3000], "val": tokens[3000:]}
+    args = argparse.Namespace(device="cpu", dtype="float32", seed=0)
+    for order in (torch.arange(4), torch.tensor([1, 3, 2, 0])):
+        bits, accuracy = ar_bits(sets, ARConfig(8, 2, 0, 1, 64, 2, 2), order, 250, args)
+        assert bits == pytest.approx(9, abs=0.3) and accuracy == pytest.approx((1 + 3 / 8) / 4, abs=0.05)
+
 for name in [name for name in globals() if name.startswith("test_") and name not in FAST]:
     slow(globals()[name])
 
@@ -1016,11 +1039,23 @@ def judge(classifier, images):
     shares = [part.double().mean().item() for part in (*right, right.all(0))]
     return dict(zip([*DIGITS, "all of it"], shares)), fid.gaussian(fid.moments(hidden.mean((2, 3))))
 
+def print_table(rows):
+    """{row: {column: numbers}} -> Markdown: mean ± standard deviation."""
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    print("| | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
+    for row, cells in rows.items():
+        texts = []
+        for numbers in (cells.get(column, []) for column in columns):
+            spread = f" ± {np.std(numbers, ddof=1):.2g}" if len(numbers) > 1 else ""
+            texts.append(f"{np.mean(numbers):.4g}{spread}" if numbers else "")
+        print(f"| {row} | " + " | ".join(texts) + " |")
+
 @torch.no_grad()
-def looks_ahead(tokenizer, count=256):
-    """Share of the upper half's tokens, prefix included, that change with another picture's lower half."""
-    config, images = tokenizer.config, pictures(range(count), tokenizer.config.image_size) / 255
-    rows, mixed = (config.grid + 1) // 2, images.roll(count // 2, 0)
+def looks_ahead(tokenizer, images):
+    """Share of the upper half's tokens, prefix included, that change with the lower half of another of the
+    images, (n, 3, H, W) in [0, 1]."""
+    config = tokenizer.config
+    rows, mixed = (config.grid + 1) // 2, images.roll(len(images) // 2, 0)
     mixed[:, :, :config.patch_size * rows] = images[:, :, :config.patch_size * rows]
     changed = [tokenizer.encode(a) != tokenizer.encode(b) for a, b in zip(images.split(32), mixed.split(32))]
     return torch.cat(changed)[:, :config.prefix_tokens + rows * config.grid].double().mean().item()
@@ -1029,7 +1064,7 @@ def judge_shapes(paths, png=None, steps=800):
     """Print a table of what samples of the built-in pictures show, a column of true pictures beside them.
     paths: .npz files, classes in turn, or folders of runs with samples.npz. Folders that differ only in a
     final -number share a column: mean and deviation. png: where a grid goes, a row a column of the table."""
-    columns, shown, sets, n = {}, {}, {}, len(data.SHAPE_CLASSES)
+    rows, shown, sets, n = {}, {}, {}, len(data.SHAPE_CLASSES)
     for path in paths:
         file = path / "samples.npz" if path.is_dir() else path
         images = np.load(file, allow_pickle=False)["arr_0"]
@@ -1046,17 +1081,198 @@ def judge_shapes(paths, png=None, steps=800):
             for entry in map(json.loads, file.read_text().splitlines()):
                 values |= {f"{entry['run']} {key}": entry[key] for key in entry if key.startswith("val_")}
         for file in path.glob("tokenizer.pt"):
-            values["looks ahead"] = looks_ahead(load_tokenizer(file))
+            values["looks ahead"] = looks_ahead(load_tokenizer(file), pictures(range(256), size) / 255)
         for row, value in values.items():
-            columns.setdefault(row, {}).setdefault(name, []).append(value)
+            rows.setdefault(row, {}).setdefault(name, []).append(value)
     if png:
         data.save_picture(png, data.grid_image(torch.cat(list(shown.values())) / 255, 16))
-    print("| | " + " | ".join(shown) + " |\n" + "|---" * (1 + len(shown)) + "|")
-    def cell(values):
-        spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-        return f"{np.mean(values):.4g}" + spread if values else ""
-    for row, by_name in columns.items():
-        print("| " + " | ".join([row, *(cell(by_name.get(name, [])) for name in shown)]) + " |")
+    print_table(rows)
+
+# ---- The claims, see docs/claims.md. The pictures, sizes and steps are ours. ---------------------
+
+def draw_leaves(rng, size=32):
+    """Dead leaves, (size, size, 3) uint8: 40 discs whose radii r have density r^-3, each with a grating."""
+    y, x = np.mgrid[:size, :size] + 0.5
+    image = np.zeros((size, size, 3))
+    for _ in range(40):
+        radius, turn = min(0.5, 0.06 * (1 - rng.random()) ** -0.5) * size, rng.uniform(0, math.pi)
+        (cx, cy), (one, other) = rng.uniform(0, size, 2), rng.random((2, 3))
+        along = x * math.cos(turn) + y * math.sin(turn)
+        wave = 0.5 + 0.5 * np.sin(along * 2 * math.pi / rng.uniform(3, 12))[..., None]
+        cover = np.clip(radius + 0.5 - np.hypot(x - cx, y - cy), 0, 1)[..., None]
+        image += cover * (one + (other - one) * wave - image)
+    return (image * 255 + 0.5).astype(np.uint8)
+
+def write_leaves(folder, count):
+    """Dead leaves of a split, the folder's name, as an image folder of one class."""
+    (folder / "all").mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        path = folder / "all" / f"{k:05d}.png"
+        if not path.exists():
+            data.save_picture(path, Image.fromarray(draw_leaves(data.generator(f"leaves {folder.name}", k))))
+
+ARMS = {                                      # flags of train_tokenizer.py
+    "causal": "--prefix-tokens 0",
+    "bidirectional": "--prefix-tokens 0 --decoder bidirectional",
+    "causal, g + 1 prefix tokens": "",
+    "causal, g prefix tokens": "--prefix-tokens 8",
+    "causal, causal encoder": "--prefix-tokens 0 --encoder causal"}
+MAIN = "causal", "bidirectional"
+# Pictures, arm, codes, and how many of the AR models: forward, backward, random order, small.
+STUDY = [("leaves", arm, 256, 4) for arm in MAIN]
+STUDY += [("leaves", arm, 256, 2) for arm in ARMS if arm not in MAIN]
+STUDY += [(name, arm, codes, 2) for name, codes in (("fashion", 64), ("shapes", 256)) for arm in MAIN]
+STUDY += [("leaves", arm, codes, 1) for codes in (64, 1024) for arm in MAIN]
+
+def fit(model, steps, draw_loss, args):
+    """AdamW with warmup, a cosine and clipped gradients, on losses that draw_loss() returns."""
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.96), weight_decay=0.03, fused=True)
+    for step in range(steps):
+        with autocast:
+            loss = draw_loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = data.learning_rate(step, steps, min(100, steps // 4), 2e-3, 1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+def ar_bits(tokens, config, order, steps, args):
+    """Train an AR model of tokens, {"train", "val"} of (n, N), in an order (N,); positions move along. -> bits an
+    image of val, accuracy"""
+    torch.manual_seed(args.seed)
+    model, rng = ARModel(config).to(args.device), np.random.default_rng(args.seed)
+    model.table = model.table[:, torch.cat([torch.tensor([0]), 1 + order])]
+    if args.device == "cpu" and steps >= 300:
+        model.compile()                       # takes a minute, and twice the speed
+
+    def logits(tokens):
+        classes = torch.zeros(len(tokens), dtype=torch.long, device=args.device)
+        return model(tokens[:, :-1], classes).float().transpose(1, 2)
+
+    def draw_loss():
+        chosen = rng.integers(len(tokens["train"]), size=64)
+        batch = tokens["train"][chosen][:, order].to(args.device)
+        return F.cross_entropy(logits(batch), batch)
+
+    fit(model, steps, draw_loss, args)
+    val = tokens["val"][:, order].to(args.device)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        predicted = torch.cat([logits(part) for part in val.split(100)])
+    bits = F.cross_entropy(predicted, val).item() * val.shape[1] / math.log(2)
+    return bits, (predicted.argmax(1) == val).double().mean().item()
+
+def fresh_psnr(model, decoder, images, tokens, steps, args):
+    """PSNR of a new decoder, "causal" or "bidirectional", that learns to read tokens as they are."""
+    torch.manual_seed(args.seed)
+    net = Decoder(replace(model.config, decoder=decoder)).to(args.device)
+    rng = np.random.default_rng(args.seed)
+
+    def paint(tokens):
+        return net(model.quantizer.codes(tokens.to(args.device)))[0]
+
+    def draw_loss():
+        chosen = rng.integers(len(tokens["train"]), size=16)
+        return F.mse_loss(paint(tokens["train"][chosen]), data.to_float(images["train"][chosen], args.device))
+
+    fit(net, steps, draw_loss, args)
+    with torch.no_grad():
+        painted = torch.cat([paint(part) for part in tokens["val"].split(100)])
+    return fid.psnr(painted, data.to_float(images["val"], args.device)).mean().item()
+
+def measure_tokens(folder, ways, share, args):
+    """Train AR models, and perhaps fresh decoders, on a tokenizer's tokens. -> {measure: number}"""
+    model = load_tokenizer(folder / "tokenizer.pt", args.device)
+    images, tokens, n = {}, {}, model.config.num_tokens
+    sets = data.open_data(args, 32, labelled=False)
+    for split, pictures, most in zip(("train", "val"), sets, (32_000, 1000)):
+        indices = data.spread(len(pictures), round(most * share))
+        images[split] = torch.stack([pictures.read(0, k)[0] for k in indices])
+        floats = (data.to_float(part, args.device) for part in images[split].split(100))
+        tokens[split] = torch.cat([model.encode(part).cpu() for part in floats])
+    counts = torch.bincount(tokens["val"].flatten()).double()
+    measures = {"looks ahead": looks_ahead(model, data.to_float(images["val"], args.device)),
+                "codes in use": (counts > 0).sum().item()}
+    forward, small = torch.arange(n), dict(width=64, heads=2, depth=3)
+    shuffled = torch.from_numpy(np.random.default_rng(args.seed).permutation(n))
+    for way, order, changes in (("forward", forward, {}), ("backward", forward.flip(0), {}),
+                                ("random order", shuffled, {}), ("small model", forward, small))[:ways]:
+        config = ARConfig(model.config.codebook_size, model.config.grid, model.config.prefix_tokens, 1,
+                          **ar_model.PRESETS["tiny"] | changes)
+        bits, accuracy = ar_bits(tokens, config, order, round(500 * share), args)
+        measures[f"bits, {way}"] = bits
+        if way == "forward":
+            entropy = torch.distributions.Categorical(counts).entropy().item()
+            measures |= {"accuracy": accuracy, "1 - L/H": 1 - bits / n * math.log(2) / entropy}
+    if ways == 4:
+        for decoder in MAIN:
+            measures[f"PSNR, fresh {decoder} decoder"] = fresh_psnr(
+                model, decoder, images, tokens, round(800 * share), args)
+    return measures
+
+def claims(out, fashion=None, seeds=(0, 1, 2), study=STUDY, share=1.0, device=data.DEVICES[0]):
+    """Train and measure what `out` lacks of the study, a run a folder, and print its tables. Processes can share
+    the runs. fashion: an image folder with train and val. share: of steps and pictures, for tests."""
+    with data.take_lock(out / "leaves", wait=True):
+        write_leaves(out / "leaves" / "train", round(32_000 * share))
+        write_leaves(out / "leaves" / "val", round(1000 * share))
+    folders, steps = {"leaves": out / "leaves", "fashion": fashion, "shapes": None}, round(2500 * share)
+    for seed, (name, arm, codes, ways) in itertools.product(seeds, study):
+        run = out / re.sub(r"\W+", "-", f"{name} {arm} {codes} {seed}")
+        if (run / "result.json").exists() or name == "fashion" and not fashion:
+            continue
+        try:
+            lock = data.take_lock(out / "locks" / run.name)
+        except data.InputError:               # another process is at it
+            continue
+        args = argparse.Namespace(data=name, val_data=None, seed=seed, num_pictures=round(32_000 * share),
+                                  skip_bad_images=False, device=device, dtype="auto", batch_size=1)
+        words = f"--data shapes --num-pictures {args.num_pictures}"
+        if folders[name]:
+            args.data, args.val_data = f"{folders[name]}/train", f"{folders[name]}/val"
+            words = f"--data {args.data} --val-data {args.val_data}"
+        data.start(args)
+        shutil.rmtree(run, ignore_errors=True)                # what an interrupted process left
+        must(train_tokenizer, f"--stage 1 --image-size 32 --patch-size 4 --codebook-size {codes} --seed {seed}",
+             f"--steps {steps} 1 --eval-every {steps // 5} --eval-images 1000 --workers 0 --device {device}",
+             f"--out {run}", words, ARMS[arm])
+        measures = {f"PSNR, {k + 1}/5 of the steps": psnr
+                    for k, psnr in enumerate(log_of(run, "tokenizer stage 1", "val_psnr"))}
+        measures |= measure_tokens(run, ways, share, args)
+        result = dict(pictures=name, arm=arm, codes=codes, seed=seed, measures=measures)
+        data.replace_file(run / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+        lock.close()
+    print_claims(out)
+
+def print_claims(out):
+    """A table for each kind of pictures, and bits an image at equal PSNR."""
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
+    tables, curves = {}, {}
+    for result in results:
+        found = result["measures"]
+        found["PSNR"] = found["PSNR, 5/5 of the steps"]
+        if "bits, backward" in found:
+            found["direction gap, bits"] = found["bits, backward"] - found["bits, forward"]
+        if "bits, small model" in found:
+            found["small model costs, bits"] = found["bits, small model"] - found["bits, forward"]
+            found["decoder gap, dB"] = (found["PSNR, fresh causal decoder"]
+                                        - found["PSNR, fresh bidirectional decoder"])
+        if result["pictures"] == "leaves" and result["arm"] in MAIN:
+            curve = curves.setdefault((result["arm"], result["seed"]), [])
+            curve.append((found["PSNR"], found["bits, forward"]))
+        column = f"{result['arm']}, {result['codes']} codes"
+        for measure, value in found.items():
+            row = tables.setdefault(result["pictures"], {}).setdefault(measure, {})
+            row.setdefault(column, []).append(value)
+    for psnr in np.arange(15.7, 16.8, 0.2):
+        for (arm, seed), curve in curves.items():
+            if min(curve)[0] <= psnr <= max(curve)[0] and len(curve) == 3:
+                row = tables["leaves"].setdefault(f"bits at {psnr:.1f} dB", {})
+                row.setdefault(f"{arm}, 256 codes", []).append(np.interp(psnr, *zip(*sorted(curve))))
+    for name, rows in tables.items():
+        print(f"\n{name}")
+        print_table(rows)
 
 def contact_sheet(path, size=96):
     """A row a shape, a column a colour, backgrounds along the diagonals, each with its class."""
@@ -1073,15 +1289,19 @@ def contact_sheet(path, size=96):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
-    parser.add_argument("command", choices=["benchmark", "shapes", "sheet"])
-    parser.add_argument("paths", metavar="PATH", nargs="*", type=Path, help="samples.npz or folders of runs")
+    parser.add_argument("command", choices=["benchmark", "claims", "shapes", "sheet"])
+    parser.add_argument("paths", metavar="PATH", nargs="*", type=Path,
+                        help="shapes: samples.npz or folders of runs; claims: a folder for its runs")
+    parser.add_argument("--fashion", type=Path, help="claims: image folder of Fashion-MNIST, see README")
     parser.add_argument("--png", help="where a grid of samples, or the sheet (shapes.png), goes")
     parser.add_argument("--device", **data.DEVICE)
     parser.add_argument("--preset", choices=ar_model.PRESETS, nargs="+", default=["tiny"])
     parser.add_argument("--batch-size", type=data.positive, nargs="+", default=[1, 16])
     args = parser.parse_args()
-    if (args.command == "shapes") != bool(args.paths):
-        parser.error("shapes needs a PATH, the others need none")
+    if (args.command in ("claims", "shapes")) != bool(args.paths):
+        parser.error("claims and shapes need a PATH, the others need none")
+    if args.command == "claims":
+        return claims(args.paths[0], args.fashion, device=args.device)
     if args.command == "benchmark":
         return benchmark(args.device, args.preset, args.batch_size)
     return judge_shapes(args.paths, args.png) if args.paths else contact_sheet(args.png or "shapes.png")

@@ -362,8 +362,7 @@ class Tokenizer(nn.Module):
 def init_weights(model, scheme):
     """paper: truncated normal 0.02 for linear and conv weights, biases zero. narrow (ours, for small models
     in few steps): a narrow layer gets larger weights, so that its outputs are as large as those of a layer
-    768 wide. The last convolution starts as the identity; from 0.02 a small model paints in grey for long.
-    Queries start equal to keys, and a latent at its own patch, so that it attends to that first."""
+    768 wide. The last convolution starts as the identity; from 0.02 a small model paints in grey for long."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             scale = 1 if scheme == "paper" else (768 / module.weight[0].numel()) ** 0.5
@@ -374,11 +373,6 @@ def init_weights(model, scheme):
     for module in model.modules():
         if isinstance(module, PixelHead):
             nn.init.dirac_(module.conv.weight)
-        if isinstance(module, Attention):
-            queries, keys, _ = module.in_proj.weight.data.chunk(3)
-            keys.copy_(queries)
-        if isinstance(module, Encoder):
-            module.latent_positions.data.copy_(module.patch_positions[module.own_patches])
 
 # ---- Checkpoints ------------------------------------------------------------------------------------
 

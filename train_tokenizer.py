@@ -49,7 +49,8 @@ RECIPES = {
     "tiny": dict(
         batch_size=16, warmup=100, betas=(0.9, 0.95), weight_decay=1e-4, clip=1.0,
         blend_between=(0.2, 0.35), discriminator=32,
-        stages=[[Phase("pixels", 6000, 1e-3, 1e-5, strip=4.7, quantizer=0.1)], [Phase("pixels", 3500, 2e-3, 2e-5)]]),
+        stages=[[Phase("pixels", 6000, 1e-3, 1e-5, strip=4.7, quantizer=0.1)],
+                [Phase("pixels", 3500, 2e-3, 2e-5)]]),
     # The released code's: PyTorch's AdamW as it is, 48 images a GPU. Here for 8 GPUs; see README.
     "paper": dict(
         batch_size=384, warmup=10_000, betas=(0.9, 0.999), weight_decay=0.01, clip=0.0,

@@ -329,8 +329,8 @@ def batch_keys(stream, n, args, start=0):
                    for epoch, place in places]
 
 def spread(n, count):
-    """`count` indices, or all if there are fewer, over 0 ... n-1: a subset that sees every class, whether classes
-    lie one after the other or take turns."""
+    """`count` indices, or all if there are fewer, over 0 ... n-1: a subset that sees every class, whether
+    classes lie one after the other or take turns."""
     count = min(n, count)
     return [k * n // count + k % (n // count) for k in range(count)]
 

@@ -233,8 +233,8 @@ def test_dead_codes_come_back():
             quantizer.after_step(True)
         return len(quantizer.tokens(torch.randn(1, 4096, 8)).unique())
     assert used_after(200) > 60
-    quantizer.codebook.data[8:] += 100        # where no latent is
-    assert used_after(100) <= 8 and used_after(900) > 60      # their running usage has to fade first
+    quantizer.codebook.data[8:] += 100        # where no latent is; their running usage has to fade first
+    assert used_after(100) <= 8 and used_after(900) > 60
 
 def test_swap_starts_warm_unless_told_otherwise():
     model = small_tokenizer().swap_decoder()
@@ -945,7 +945,7 @@ def test_change_of_the_order(tmp_path):
 
 # ==== Evidence, which is no part of the product, after its tests ==================================
 
-def test_benchmark_shapes_table_and_sheet(trained, tmp_path, capsys):
+def test_benchmark_shapes_table_and_sheet(tmp_path, capsys):
     benchmark("cpu", ["tiny"], [1])
     times = json.loads(capsys.readouterr().out)
     assert times["ms, cached"] > 0 and times["ms, full forward"] > 0
@@ -953,14 +953,11 @@ def test_benchmark_shapes_table_and_sheet(trained, tmp_path, capsys):
         (tmp_path / name).mkdir()
         samples = pictures(range(first, first + 1000), 32, "train").permute(0, 2, 3, 1) ^ flip
         np.savez(tmp_path / name / "samples.npz", arr_0=samples.numpy())
-    for name in ("tokenizer.pt", "log.jsonl"):
-        shutil.copy(trained / name, tmp_path / "a-0")
     judge_shapes([tmp_path / name for name in ("a-0", "a-1", "b")], tmp_path / "a.png", steps=150)
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     rows = {row.strip(): [float(x.split()[0]) for x in cells if x.strip()] for row, *cells in lines[2:]}
     (right, wrong, ceiling), (near, far, _) = rows["shape"], rows["Frechet distance"]
-    assert right > 0.5 > 0.25 > wrong and ceiling > 0.5 and 3 * near < far and 0 < rows["looks ahead"][0] < 1
-    assert rows["ar val_loss"] == pytest.approx(log_of(trained, "ar", "val_loss")[-1:], rel=1e-3)
+    assert right > 0.5 > 0.25 > wrong and ceiling > 0.5 and 3 * near < far
     contact_sheet(tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").width > 960
 
@@ -969,22 +966,21 @@ def test_claims(tmp_path, capsys):
     claims(tmp_path, seeds=[0], study=study, share=0.004)
     first = capsys.readouterr().out
     claims(tmp_path, seeds=[0], study=study, share=0.004)     # finds all done
-    assert capsys.readouterr().out == first
+    assert first.endswith(capsys.readouterr().out)
     leaves = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", first.split("\nshapes\n")[0], re.M))
     bits = {name.removeprefix("bits, "): float(leaves[name]) for name in leaves if name.startswith("bits, ")}
     assert float(leaves["looks ahead"]) == 0 and len(set(bits.values())) == len(bits) == 4
     assert float(leaves["direction gap, bits"]) == pytest.approx(bits["backward"] - bits["forward"], abs=0.1)
     assert all(8 < float(leaves[name]) < 20 for name in leaves if name.startswith("PSNR"))
 
-def test_bits_of_what_is_known_and_of_what_is_not():
-    """The second token repeats the first, the others are even: an AR model finds that in every order."""
-    tokens = torch.randint(8, (4000, 4), generator=torch.Generator().manual_seed(0))
+def test_bits_where_the_second_token_repeats_the_first():
+    tokens = torch.randint(4, (4000, 4), generator=torch.Generator().manual_seed(0))
     tokens[:, 1] = tokens[:, 0]
     sets = {"train": tokens[:3000], "val": tokens[3000:]}
     args = argparse.Namespace(device="cpu", dtype="float32", seed=0)
     for order in (torch.arange(4), torch.tensor([1, 3, 2, 0])):
-        bits, accuracy = ar_bits(sets, ARConfig(8, 2, 0, 1, 64, 2, 2), order, 250, args)
-        assert bits == pytest.approx(9, abs=0.3) and accuracy == pytest.approx((1 + 3 / 8) / 4, abs=0.05)
+        bits, accuracy = ar_bits(sets, ARConfig(4, 2, 0, 1, 64, 2, 2), order, 250, args)
+        assert bits == pytest.approx(6, abs=0.3) and accuracy == pytest.approx((1 + 3 / 4) / 4, abs=0.05)
 
 for name in [name for name in globals() if name.startswith("test_") and name not in FAST]:
     slow(globals()[name])
@@ -1077,11 +1073,6 @@ def judge_shapes(paths, png=None, steps=800):
         values["Frechet distance"] = fid.frechet_distance(*reference, *features)
         name = re.sub(r"-\d+$", "", str(path))
         shown.setdefault(name, images[[k * len(images) // 16 for k in range(16)]])
-        for file in path.glob("log.jsonl"):   # of a run: its last evaluations
-            for entry in map(json.loads, file.read_text().splitlines()):
-                values |= {f"{entry['run']} {key}": entry[key] for key in entry if key.startswith("val_")}
-        for file in path.glob("tokenizer.pt"):
-            values["looks ahead"] = looks_ahead(load_tokenizer(file), pictures(range(256), size) / 255)
         for row, value in values.items():
             rows.setdefault(row, {}).setdefault(name, []).append(value)
     if png:
@@ -1139,8 +1130,8 @@ def fit(model, steps, draw_loss, args):
         optimizer.zero_grad()
 
 def ar_bits(tokens, config, order, steps, args):
-    """Train an AR model of tokens, {"train", "val"} of (n, N), in an order (N,); positions move along. -> bits an
-    image of val, accuracy"""
+    """Train an AR model of tokens, {"train", "val"} of (n, N), in an order of painting (N,); positions move
+    along. -> bits an image of val, accuracy"""
     torch.manual_seed(args.seed)
     model, rng = ARModel(config).to(args.device), np.random.default_rng(args.seed)
     model.table = model.table[:, torch.cat([torch.tensor([0]), 1 + order])]
@@ -1152,11 +1143,12 @@ def ar_bits(tokens, config, order, steps, args):
         return model(tokens[:, :-1], classes).float().transpose(1, 2)
 
     def draw_loss():
-        chosen = rng.integers(len(tokens["train"]), size=64)
+        chosen = rng.integers(len(tokens["train"]), size=32)
         batch = tokens["train"][chosen][:, order].to(args.device)
         return F.cross_entropy(logits(batch), batch)
 
     fit(model, steps, draw_loss, args)
+    model.eval()
     val = tokens["val"][:, order].to(args.device)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         predicted = torch.cat([logits(part) for part in val.split(100)])
@@ -1181,9 +1173,10 @@ def fresh_psnr(model, decoder, images, tokens, steps, args):
         painted = torch.cat([paint(part) for part in tokens["val"].split(100)])
     return fid.psnr(painted, data.to_float(images["val"], args.device)).mean().item()
 
-def measure_tokens(folder, ways, share, args):
-    """Train AR models, and perhaps fresh decoders, on a tokenizer's tokens. -> {measure: number}"""
-    model = load_tokenizer(folder / "tokenizer.pt", args.device)
+def measure_tokens(args, ways, share):
+    """Train AR models and, if ways is 4, fresh decoders on the tokens of a run. -> {measure: number}"""
+    data.start(args)
+    model = load_tokenizer(f"{args.out}/tokenizer.pt", args.device)
     images, tokens, n = {}, {}, model.config.num_tokens
     sets = data.open_data(args, 32, labelled=False)
     for split, pictures, most in zip(("train", "val"), sets, (32_000, 1000)):
@@ -1200,7 +1193,7 @@ def measure_tokens(folder, ways, share, args):
                                 ("random order", shuffled, {}), ("small model", forward, small))[:ways]:
         config = ARConfig(model.config.codebook_size, model.config.grid, model.config.prefix_tokens, 1,
                           **ar_model.PRESETS["tiny"] | changes)
-        bits, accuracy = ar_bits(tokens, config, order, round(500 * share), args)
+        bits, accuracy = ar_bits(tokens, config, order, round(1200 * share), args)
         measures[f"bits, {way}"] = bits
         if way == "forward":
             entropy = torch.distributions.Categorical(counts).entropy().item()
@@ -1212,34 +1205,32 @@ def measure_tokens(folder, ways, share, args):
     return measures
 
 def claims(out, fashion=None, seeds=(0, 1, 2), study=STUDY, share=1.0, device=data.DEVICES[0]):
-    """Train and measure what `out` lacks of the study, a run a folder, and print its tables. Processes can share
-    the runs. fashion: an image folder with train and val. share: of steps and pictures, for tests."""
+    """Train and measure what `out` lacks of the study, a run a folder, and print its tables. Processes may
+    share the work. fashion: an image folder with train and val. share: of steps and pictures, for tests."""
     with data.take_lock(out / "leaves", wait=True):
         write_leaves(out / "leaves" / "train", round(32_000 * share))
         write_leaves(out / "leaves" / "val", round(1000 * share))
-    folders, steps = {"leaves": out / "leaves", "fashion": fashion, "shapes": None}, round(2500 * share)
+    steps, sets = round(2500 * share), {"shapes": ["--data shapes --num-pictures", round(32_000 * share)]}
+    for name, folder in ("leaves", out / "leaves"), ("fashion", fashion):
+        sets[name] = folder and ["--data", folder / "train", "--val-data", folder / "val"]
     for seed, (name, arm, codes, ways) in itertools.product(seeds, study):
         run = out / re.sub(r"\W+", "-", f"{name} {arm} {codes} {seed}")
-        if (run / "result.json").exists() or name == "fashion" and not fashion:
+        if (run / "result.json").exists() or not sets[name]:
             continue
         try:
             lock = data.take_lock(out / "locks" / run.name)
         except data.InputError:               # another process is at it
             continue
-        args = argparse.Namespace(data=name, val_data=None, seed=seed, num_pictures=round(32_000 * share),
-                                  skip_bad_images=False, device=device, dtype="auto", batch_size=1)
-        words = f"--data shapes --num-pictures {args.num_pictures}"
-        if folders[name]:
-            args.data, args.val_data = f"{folders[name]}/train", f"{folders[name]}/val"
-            words = f"--data {args.data} --val-data {args.val_data}"
-        data.start(args)
+        data.say(f"{time.strftime('%H:%M')} {run}")
         shutil.rmtree(run, ignore_errors=True)                # what an interrupted process left
-        must(train_tokenizer, f"--stage 1 --image-size 32 --patch-size 4 --codebook-size {codes} --seed {seed}",
-             f"--steps {steps} 1 --eval-every {steps // 5} --eval-images 1000 --workers 0 --device {device}",
-             f"--out {run}", words, ARMS[arm])
-        measures = {f"PSNR, {k + 1}/5 of the steps": psnr
-                    for k, psnr in enumerate(log_of(run, "tokenizer stage 1", "val_psnr"))}
-        measures |= measure_tokens(run, ways, share, args)
+        words = [f"--stage 1 --image-size 32 --patch-size 4 --codebook-size {codes} --steps {steps} 1",
+                 f"--eval-every {steps // 5} --eval-images {round(1000 * share)} --workers 0 --seed {seed}",
+                 f"--device {device} --out", run, ARMS[arm], *sets[name]]
+        must(train_tokenizer, *words)
+        psnrs = log_of(run, "tokenizer stage 1", "val_psnr")
+        measures = {f"PSNR, {k}/5 of the steps": psnr for k, psnr in enumerate(psnrs, 1)}
+        with mock.patch("sys.argv", ["", *split(words)]):
+            measures |= measure_tokens(train_tokenizer.parse_args(), ways, share)
         result = dict(pictures=name, arm=arm, codes=codes, seed=seed, measures=measures)
         data.replace_file(run / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
         lock.close()
@@ -1248,10 +1239,11 @@ def claims(out, fashion=None, seeds=(0, 1, 2), study=STUDY, share=1.0, device=da
 def print_claims(out):
     """A table for each kind of pictures, and bits an image at equal PSNR."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
+    results.sort(key=lambda result: (result["pictures"], result["codes"], list(ARMS).index(result["arm"])))
     tables, curves = {}, {}
     for result in results:
         found = result["measures"]
-        found["PSNR"] = found["PSNR, 5/5 of the steps"]
+        found["PSNR"] = found.pop("PSNR, 5/5 of the steps")
         if "bits, backward" in found:
             found["direction gap, bits"] = found["bits, backward"] - found["bits, forward"]
         if "bits, small model" in found:
@@ -1271,7 +1263,7 @@ def print_claims(out):
                 row = tables["leaves"].setdefault(f"bits at {psnr:.1f} dB", {})
                 row.setdefault(f"{arm}, 256 codes", []).append(np.interp(psnr, *zip(*sorted(curve))))
     for name, rows in tables.items():
-        print(f"\n{name}")
+        print(f"\n{name}\n")
         print_table(rows)
 
 def contact_sheet(path, size=96):

@@ -1200,8 +1200,8 @@ def measure_tokens(args, ways, share):
             measures |= {"accuracy": accuracy, "1 - L/H": 1 - bits / n * math.log(2) / entropy}
     if ways == 4:
         for decoder in MAIN:
-            measures[f"PSNR, fresh {decoder} decoder"] = fresh_psnr(
-                model, decoder, images, tokens, round(800 * share), args)
+            psnr = fresh_psnr(model, decoder, images, tokens, round(800 * share), args)
+            measures[f"PSNR, fresh {decoder}"] = psnr
     return measures
 
 def claims(out, fashion=None, seeds=(0, 1, 2), study=STUDY, share=1.0, device=data.DEVICES[0]):
@@ -1239,17 +1239,15 @@ def claims(out, fashion=None, seeds=(0, 1, 2), study=STUDY, share=1.0, device=da
 def print_claims(out):
     """A table for each kind of pictures, and bits an image at equal PSNR."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
-    results.sort(key=lambda result: (result["pictures"], result["codes"], list(ARMS).index(result["arm"])))
-    tables, curves = {}, {}
-    for result in results:
+    tables, curves, arms = {}, {}, list(ARMS)
+    for result in sorted(results, key=lambda run: (run["pictures"], run["codes"], arms.index(run["arm"]))):
         found = result["measures"]
         found["PSNR"] = found.pop("PSNR, 5/5 of the steps")
         if "bits, backward" in found:
             found["direction gap, bits"] = found["bits, backward"] - found["bits, forward"]
         if "bits, small model" in found:
             found["small model costs, bits"] = found["bits, small model"] - found["bits, forward"]
-            found["decoder gap, dB"] = (found["PSNR, fresh causal decoder"]
-                                        - found["PSNR, fresh bidirectional decoder"])
+            found["decoder gap, dB"] = found["PSNR, fresh causal"] - found["PSNR, fresh bidirectional"]
         if result["pictures"] == "leaves" and result["arm"] in MAIN:
             curve = curves.setdefault((result["arm"], result["seed"]), [])
             curve.append((found["PSNR"], found["bits, forward"]))

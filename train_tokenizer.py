@@ -45,7 +45,8 @@ PAPER = [
 # in; before, the decoder sees the latents themselves. discriminator: channels of its first layer.
 RECIPES = {
     # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the
-    # first step keeps so small a model from finding out where in the picture a token belongs.
+    # first step keeps so small a model from finding out where in the picture a token belongs. On a grid of 8
+    # a strip of weight 4.7 counts 0.66 times as much as the picture, as on the paper's grid of 16.
     "tiny": dict(
         batch_size=16, warmup=100, betas=(0.9, 0.95), weight_decay=1e-4, clip=1.0,
         blend_between=(0.2, 0.35), discriminator=32,

@@ -329,10 +329,10 @@ def batch_keys(stream, n, args, start=0):
                    for epoch, place in places]
 
 def spread(n, count):
-    """`count` indices, or all if there are fewer, over 0 ... n-1: a subset that sees every class, whether
-    classes lie one after the other or take turns."""
+    """`count` indices, or all if there are fewer, spread over 0 ... n-1. Their distances vary, because equal
+    ones would often miss most of the classes that take turns."""
     count = min(n, count)
-    return [k * n // count + k % (n // count) for k in range(count)]
+    return [k * n // count + int(k * 0.618034 % 1 * (n // count)) for k in range(count)]
 
 def rank_spans(count, size):
     """This rank's share of `count` places: slices of at most `size`, which the ranks take in turn."""

@@ -1282,7 +1282,7 @@ def main():
     parser.add_argument("command", choices=["benchmark", "claims", "shapes", "sheet"])
     parser.add_argument("paths", metavar="PATH", nargs="*", type=Path,
                         help="shapes: samples.npz or folders of runs; claims: a folder for its runs")
-    parser.add_argument("--fashion", type=Path, help="claims: image folder of Fashion-MNIST, see README")
+    parser.add_argument("--fashion", type=Path, help="claims: Fashion-MNIST, see docs/claims.md")
     parser.add_argument("--png", help="where a grid of samples, or the sheet (shapes.png), goes")
     parser.add_argument("--device", **data.DEVICE)
     parser.add_argument("--preset", choices=ar_model.PRESETS, nargs="+", default=["tiny"])

@@ -1240,11 +1240,11 @@ def print_claims(out):
     for result in sorted(results, key=lambda run: (run["pictures"], run["codes"], [*ARMS].index(run["arm"]))):
         values = result["measures"]
         values["PSNR"] = values.pop("PSNR, 5/5 of the steps")
-        if "bits, backward" in values:
-            values["direction gap, bits"] = values["bits, backward"] - values["bits, forward"]
-        if "bits, small model" in values:
-            values["small model costs, bits"] = values["bits, small model"] - values["bits, forward"]
-            values["decoder gap, dB"] = values["PSNR, fresh causal"] - values["PSNR, fresh bidirectional"]
+        for gap, one, other in (("direction gap, bits", "bits, backward", "bits, forward"),
+                                ("small model costs, bits", "bits, small model", "bits, forward"),
+                                ("decoder gap, dB", "PSNR, fresh causal", "PSNR, fresh bidirectional")):
+            if one in values:
+                values[gap] = values[one] - values[other]
         if result["pictures"] == "leaves" and result["arm"] in MAIN:
             curve = curves.setdefault((result["arm"], result["seed"]), [])
             curve.append((values["PSNR"], values["bits, forward"]))

@@ -1114,9 +1114,9 @@ STUDY += [("leaves", arm, codes, 1) for codes in (64, 1024) for arm in MAIN]
 
 def fit(model, steps, n, batch_size, loss_of, args):
     """AdamW with warmup, a cosine and clipped gradients. loss_of: of pictures, an array of places below n."""
-    rng, settings = np.random.default_rng(args.seed), (2e-3, train_ar.BETAS, 1e-8, train_ar.WEIGHT_DECAY)
+    rng, betas, weight_decay = np.random.default_rng(args.seed), train_ar.BETAS, train_ar.WEIGHT_DECAY
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    optimizer = torch.optim.AdamW(model.parameters(), *settings, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=weight_decay, fused=True)
     for step in range(steps):
         with autocast:
             loss = loss_of(rng.integers(n, size=batch_size))

@@ -1212,7 +1212,7 @@ def claims(out, fashion=None, seeds=(0, 1, 2), study=STUDY, share=1.0, device=da
     for seed, (name, arm, codes, ways) in itertools.product(seeds, study):
         run = out / re.sub(r"\W+", "-", f"{name} {arm} {codes} {seed}")
         try:
-            lock = data.take_lock(out / "locks" / run.name)
+            lock = data.take_lock(out / "locks" / run.name)   # held until the next one is taken
         except data.InputError:               # another process is at it
             continue
         if (run / "result.json").exists() or not data_words[name]:

@@ -3,8 +3,9 @@
     python -m pytest test_all.py                     # all of it, about six minutes on two cores
     python -m pytest -m "not slow" test_all.py       # about a minute: no kills, ranks, pipelines, compiler
     python test_all.py benchmark                     # milliseconds a token in sampling, each way
-    python test_all.py shapes out run-0 run-1        # a table of runs: are their samples what was asked for?
     python test_all.py claims study                  # trains for hours, prints the tables of docs/claims.md
+    python test_all.py costs                         # of the published recipe, on paper
+    python test_all.py judge out run-0 run-1         # a table of runs: are their samples what was asked for?
     python test_all.py sheet --png shapes.png        # labelled contact sheet of the built-in pictures
 """
 import argparse, contextlib, functools, io, itertools, json, math, multiprocessing, os, re, shutil, signal
@@ -22,6 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import ar_model, data, fid, sample, train_ar, train_tokenizer
 from ar_model import ARConfig, ARModel, guidance, image_uniforms, load_ar, sample_tokens
@@ -942,7 +946,7 @@ def test_change_of_the_order(tmp_path):
 
 # ==== Evidence, which is no part of the product, after its tests ==================================
 
-def test_benchmark_shapes_table_and_sheet(tmp_path, capsys):
+def test_benchmark_judge_and_sheet(tmp_path, capsys):
     benchmark("cpu", ["tiny"], [1])
     times = json.loads(capsys.readouterr().out)
     assert times["ms, cached"] > 0 and times["ms, full forward"] > 0
@@ -950,13 +954,25 @@ def test_benchmark_shapes_table_and_sheet(tmp_path, capsys):
         (tmp_path / name).mkdir()
         samples = pictures(range(first, first + 1000), 32, "train").permute(0, 2, 3, 1) ^ flip
         np.savez(tmp_path / name / "samples.npz", arr_0=samples.numpy())
-    judge_shapes([tmp_path / name for name in ("a-0", "a-1", "b")], tmp_path / "a.png", steps=150)
+    args = argparse.Namespace(data="shapes", val_data=None, png=tmp_path / "a.png")
+    judge([tmp_path / name for name in ("a-0", "a-1", "b")], args, steps=150)
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     rows = {row.strip(): [float(x.split()[0]) for x in cells if x.strip()] for row, *cells in lines[2:]}
     (right, wrong, ceiling), (near, far, _) = rows["shape"], rows["Frechet distance"]
     assert right > 0.5 > 0.25 > wrong and ceiling > 0.5 and 3 * near < far
+    np.savez(tmp_path / "cats.npz", arr_0=np.full((8, 32, 32, 3), (220, 30, 30), np.uint8))
+    judge([tmp_path / "cats.npz"], argparse.Namespace(
+        data=write_images(tmp_path / "pets"), val_data=None, png=None), steps=30)
+    assert re.search(r"class \| 0.5 \| 1 \|", capsys.readouterr().out)       # every second one is a cat
     contact_sheet(tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").width > 960
+
+def test_operations():
+    model, (T, C, V) = small_ar(), (21, 48, 64)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    tokens = torch.zeros(1, T - 1, dtype=torch.long)
+    count, hours = operations(lambda: model(tokens, tokens[:, 0]), "TF32")
+    assert count == 2 * T * matrices + 2 * 4 * T * T * C and hours == pytest.approx(count / 7.1e17, 0.01)
 
 def test_claims(tmp_path, capsys):
     study = [("leaves", "causal, causal encoder", 64, 4), ("shapes", "bidirectional", 64, 1)]
@@ -999,38 +1015,37 @@ def benchmark(device, presets, batch_sizes):
         print(json.dumps({"preset": preset, "batch": batch, "device": str(device), **times}), flush=True)
 
 DIGITS = {"shape": len(data.SHAPES), "colour": len(data.COLOURS), "background": len(data.BACKGROUNDS)}
-COUNTS = tuple(DIGITS.values())
 
-def digits(places):                           # of the classes of (B,) pictures -> (3, B)
-    return torch.stack(torch.unravel_index(places % len(data.SHAPE_CLASSES), COUNTS))
-
-def shape_classifier(size, steps):
-    """A small network, trained on true pictures: (B, 3, size, size) in [0, 1] -> logits of all digits."""
+def train_classifier(train, counts, steps):
+    """A small network that learns from true pictures what they show: (B, 3, size, size) in [0, 1] -> the
+    logits of all that a label says, side by side. counts: a label's digits have so many values each."""
     torch.manual_seed(0)
     layers = []
     for a, b, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 2)):
         layers += [nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, sum(COUNTS)))
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, sum(counts)))
     optimizer = torch.optim.AdamW(net.parameters())
     for step in range(steps):
-        places = torch.randint(50_000, (64,))
-        images = pictures(places.tolist(), size, "train") / 255 + 0.02 * torch.randn(64, 3, 1, 1)
+        images, labels = zip(*(train.read(step, k) for k in torch.randint(len(train), (64,)).tolist()))
+        images = torch.stack(images) / 255 + 0.02 * torch.randn(64, 3, 1, 1)
         if step % 2:                          # blurred, so that softness is no clue
-            images = F.interpolate(F.avg_pool2d(images, 2), (size, size), mode="bilinear")
-        logits = net(images.clamp(0, 1)).split(COUNTS, 1)
-        sum(map(F.cross_entropy, logits, digits(places))).backward()
+            half = F.avg_pool2d(images, 2)
+            images = F.interpolate(half, images.shape[2:], mode="bilinear")
+        logits = net(images.clamp(0, 1)).split(counts, 1)
+        digits = torch.unravel_index(torch.tensor(labels), counts)
+        sum(map(F.cross_entropy, logits, digits)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return net.eval()
 
 @torch.no_grad()
-def judge(classifier, images):
-    """Images (n, 3, H, W) uint8, classes in turn -> {digit: share right}, Gaussian of the features."""
+def classify(classifier, images, labels, counts):
+    """Images (n, 3, H, W) uint8 -> share right of each digit of the labels, Gaussian of the features."""
     hidden = torch.cat([classifier[:-2](part) for part in (images / 255).split(100)])
-    choices = torch.stack([part.argmax(1) for part in classifier[-2:](hidden).split(COUNTS, 1)])
-    right = choices == digits(torch.arange(len(images)))      # (3, n)
+    choices = [part.argmax(1) for part in classifier[-2:](hidden).split(counts, 1)]
+    right = torch.stack(choices) == torch.stack(torch.unravel_index(labels, counts))
     shares = [part.double().mean().item() for part in (*right, right.all(0))]
-    return dict(zip([*DIGITS, "all of it"], shares)), fid.gaussian(fid.moments(hidden.mean((2, 3))))
+    return shares, fid.gaussian(fid.moments(hidden.mean((2, 3))))
 
 def print_table(rows):
     """{row: {column: numbers}} -> Markdown: mean ± standard deviation."""
@@ -1053,28 +1068,81 @@ def looks_ahead(tokenizer, images):
     changed = [tokenizer.encode(a) != tokenizer.encode(b) for a, b in zip(images.split(32), mixed.split(32))]
     return torch.cat(changed)[:, :config.prefix_tokens + rows * config.grid].double().mean().item()
 
-def judge_shapes(paths, png=None, steps=800):
-    """Print a table of what samples of the built-in pictures show, a column of true pictures beside them.
-    paths: .npz files, classes in turn, or folders of runs with samples.npz. Folders that differ only in a
-    final -number share a column: mean and deviation. png: where a grid goes, a row a column of the table."""
-    rows, shown, sets, n = {}, {}, {}, len(data.SHAPE_CLASSES)
-    for path in paths:
-        file = path / "samples.npz" if path.is_dir() else path
-        images = np.load(file, allow_pickle=False)["arr_0"]
-        sets[path] = torch.from_numpy(images).permute(0, 3, 1, 2)
-    size = images.shape[1]
-    sets[Path("true pictures")], classifier = pictures(range(n), size), shape_classifier(size, steps)
-    _, reference = judge(classifier, pictures(range(5 * n), size, "train"))
-    for path, images in sets.items():
-        values, features = judge(classifier, images)
-        values["Frechet distance"] = fid.frechet_distance(*reference, *features)
-        name = re.sub(r"-\d+$", "", str(path))
-        shown.setdefault(name, images[[k * len(images) // 16 for k in range(16)]])
-        for row, value in values.items():
-            rows.setdefault(row, {}).setdefault(name, []).append(value)
-    if png:
-        data.save_picture(png, data.grid_image(torch.cat(list(shown.values())) / 255, 16))
+def judge(paths, args, steps=800):
+    """Print a table of what samples show, a column of true pictures beside them. paths: .npz files, classes in
+    turn, or folders of runs with samples.npz. Folders that differ only in a final -number share a column: mean
+    and deviation. args.png: where a grid goes, first of samples, then of true pictures."""
+    files = [path / "samples.npz" if path.is_dir() else path for path in paths]
+    samples = [np.load(file, allow_pickle=False)["arr_0"] for file in files]
+    args = argparse.Namespace(**vars(args), seed=0, num_pictures=50_000, skip_bad_images=False)
+    train, val = data.open_data(args, samples[0].shape[1])
+    n, counts, digits = len(train.classes), tuple(DIGITS.values()), [*DIGITS, "all of it"]
+    if args.data != "shapes":
+        counts, digits = (n,), ["class"]
+    sets = [(str(path), torch.from_numpy(images).permute(0, 3, 1, 2), torch.arange(len(images)) % n)
+            for path, images in zip(paths, samples)]
+    true = torch.stack([val.read(0, k)[0] for k in range(len(val))])
+    sets.append(("true pictures", true, torch.from_numpy(val.labels)))
+    classifier, rows, shown = train_classifier(train, counts, steps), {}, {}
+    images, labels = zip(*(train.read(0, k) for k in data.spread(len(train), 5000)))
+    _, reference = classify(classifier, torch.stack(images), torch.tensor(labels), counts)
+    for name, images, labels in sets:
+        shares, features = classify(classifier, images, labels, counts)
+        scores = dict(zip(digits, shares), **{"Frechet distance": fid.frechet_distance(*reference, *features)})
+        name, columns = re.sub(r"-\d+$", "", name), min(n, 16)
+        for row, score in scores.items():
+            rows.setdefault(row, {}).setdefault(name, []).append(score)
+        places = [np.flatnonzero(labels == k * n // columns) for k in range(columns)]
+        each = min(1 if n > 16 else 4, *map(len, places))
+        shown.setdefault(name, images[[of_class[k] for k in range(each) for of_class in places]])
+    if args.png:
+        data.save_picture(args.png, data.grid_image(torch.cat(list(shown.values())) / 255, columns))
     print_table(rows)
+
+RATES = {"bfloat16": 989e12, "TF32": 494e12, "float32": 67e12}    # an H100's, NVIDIA's data sheet, dense
+
+def operations(call, dtype):
+    """-> of call() by PyTorch's count, in which a multiplication and an addition are two, and the hours that
+    they take at 40% of an H100's rate. No number is computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), (
+            FlopCounterMode(display=False)) as counter:
+        call()
+    count = counter.get_total_flops()
+    return np.array([count, count / (0.4 * RATES[dtype] * 3600)])
+
+def costs(presets=("B", "L", "XL")):
+    """Print what the published recipe costs on paper."""
+    image, painted = torch.zeros(1, 3, 256, 256), torch.zeros(1, 3, 256, 256, requires_grad=True)
+    model, judges = Tokenizer(TokenizerConfig()).eval(), fid.load_judges("random", "cpu")
+    discriminator, rows = train_tokenizer.Discriminator(128), {}
+    for stage, phases in enumerate(train_tokenizer.RECIPES["paper"]["stages"], 1):
+        if stage == 2:
+            model.swap_decoder()
+        total = 0
+        for phase in phases:
+            loss = functools.partial(train_tokenizer.perceptual_loss, judges["convnext"], painted, image)
+            step = operations(lambda: model(image)[0].mean().backward(), "bfloat16")
+            step += operations(lambda: loss().backward(), "TF32")
+            if phase.lpips:
+                step += operations(lambda: judges["lpips"](painted, image).mean().backward(), "TF32")
+            if phase.gan:                     # half of the steps are the discriminator's
+                judge, both = discriminator.requires_grad_(False), torch.cat([image, image])
+                step += operations(lambda: judge(painted).mean().backward(), "TF32")
+                step += operations(lambda: model(image), "bfloat16")
+                judge.requires_grad_(True)
+                step = (step + operations(lambda: judge(both).mean().backward(), "TF32")) / 2
+            total += step * phase.steps * train_tokenizer.RECIPES["paper"]["batch_size"]
+        rows[f"tokenizer, stage {stage}"] = total
+    rows["ten crops of ImageNet"] = 1_281_167 * 10 * operations(lambda: model.encode(image), "float32")
+    for preset in presets:
+        model, recipe = ARModel(ARConfig(**ar_model.PRESETS[preset])), train_ar.RECIPES[preset]
+        tokens = torch.zeros(1, model.config.num_tokens - 1, dtype=torch.long)
+        step = operations(lambda: model(tokens, tokens[:, 0]).mean().backward(), "bfloat16")
+        rows[f"AR model {preset}"] = step * recipe["batch_size"] * recipe["steps"]
+        step = operations(lambda: model(tokens, tokens[:, 0]), "TF32")
+        rows[f"50,000 pictures of {preset}"] = step * 2 * 50_000               # 2: guidance
+    print_table({name: {"operations": [count], "hours of one H100": [hours], "of eight": [hours / 8]}
+                 for name, (count, hours) in rows.items()})
 
 # ---- The claims, see docs/claims.md. The pictures, sizes and steps are ours. ---------------------
 
@@ -1266,7 +1334,7 @@ def print_claims(out):
 
 def contact_sheet(path, size=96):
     """A row a shape, a column a colour, backgrounds along the diagonals, each with its class."""
-    shapes, colours, grounds = COUNTS
+    shapes, colours, grounds = DIGITS.values()
     sheet = Image.new("RGB", (colours * (size + 2), shapes * (size + 46)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for shape, colour in itertools.product(range(shapes), range(colours)):
@@ -1279,22 +1347,23 @@ def contact_sheet(path, size=96):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
-    parser.add_argument("command", choices=["benchmark", "claims", "shapes", "sheet"])
+    parser.add_argument("command", choices=["benchmark", "claims", "costs", "judge", "sheet"])
     parser.add_argument("paths", metavar="PATH", nargs="*", type=Path,
-                        help="shapes: samples.npz or folders of runs; claims: a folder for its runs")
+                        help="judge: samples.npz or folders of runs; claims: a folder for its runs")
+    parser.add_argument("--data", default="shapes", help="judge: the true pictures (%(default)s)")
+    parser.add_argument("--val-data", help="judge: those for its last column")
     parser.add_argument("--fashion", type=Path, help="claims: Fashion-MNIST, see docs/claims.md")
     parser.add_argument("--png", help="where a grid of samples, or the sheet (shapes.png), goes")
     parser.add_argument("--device", **data.DEVICE)
     parser.add_argument("--preset", choices=ar_model.PRESETS, nargs="+", default=["tiny"])
     parser.add_argument("--batch-size", type=data.positive, nargs="+", default=[1, 16])
     args = parser.parse_args()
-    if (args.command in ("claims", "shapes")) != bool(args.paths):
-        parser.error("claims and shapes need a PATH, the others need none")
-    if args.command == "claims":
-        return claims(args.paths[0], args.fashion, device=args.device)
-    if args.command == "benchmark":
-        return benchmark(args.device, args.preset, args.batch_size)
-    return judge_shapes(args.paths, args.png) if args.paths else contact_sheet(args.png or "shapes.png")
+    if (args.command in ("claims", "judge")) != bool(args.paths):
+        parser.error("claims and judge need a PATH, the others need none")
+    calls = {"benchmark": lambda: benchmark(args.device, args.preset, args.batch_size), "costs": costs,
+             "claims": lambda: claims(args.paths[0], args.fashion, device=args.device),
+             "judge": lambda: judge(args.paths, args), "sheet": lambda: contact_sheet(args.png or "shapes.png")}
+    calls[args.command]()
 
 if __name__ == "__main__":
     data.run(main)

@@ -189,7 +189,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         for micro in range(args.accum):
             images = data.to_float(next(batches)[0], device)
             ddp_net.require_backward_grad_sync = micro + 1 == args.accum      # exchange gradients once a step
-            # The tokenizer may compute in bfloat16; all losses and their networks compute in float32.
+            # The tokenizer may compute in bfloat16, all losses and their networks in float32 (GPUs in TF32).
             if net is discriminator:
                 with torch.no_grad(), autocast:
                     painted = model(images, blend)[0]
@@ -290,6 +290,7 @@ def main():
     args = parse_args()
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
     device, share = data.start(args), config.prefix_tokens / config.grid ** 2
+    torch.backends.cuda.matmul.allow_tf32 = True              # ConvNeXt's layers would take half of a step
     stages = [1, 2] if args.stage == "both" else [int(args.stage)]
     if stages == [2] and config != replace(args.start.config, decoder=config.decoder):
         raise InputError(f"stage 2 takes its shape from a file ({args.start.config}); leave out other flags")

@@ -22,7 +22,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,9 +35,8 @@ BITS = 1.6 / 255                              # two roundings to 8 bits apart
 if __name__ != "__main__":                    # one thread: small models, and equal sums in other processes
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-with warnings.catch_warnings():               # there is no other file to register the marker in
-    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
-    slow = pytest.mark.slow                   # of all tests after FAST, below
+warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)             # no other file registers it
+slow = pytest.mark.slow                       # of all tests after FAST, below
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 
 # ---- Tools ---------------------------------------------------------------------------------------
@@ -91,10 +89,10 @@ def python(*words, cwd=HERE, fails=False):
     return result.stderr if fails else result.stdout
 
 load = functools.partial(torch.load, weights_only=True)
-TWO_RANKS = "-m torch.distributed.run --nproc_per_node=2 --standalone"
 
 def torchrun(script, *words, **options):
-    return python(*split([TWO_RANKS, HERE / script, *words]), **options)
+    ranks = "-m torch.distributed.run --nproc_per_node=2 --standalone"
+    return python(*split([ranks, HERE / script, *words]), **options)
 
 def log_of(out, run, key):
     with open(f"{out}/log.jsonl") as file:
@@ -147,18 +145,12 @@ def test_shapes_show_their_class_and_are_a_function_of_seed_split_index():
     for other in [(1, "train", 207), (0, "val", 207), (0, "train", 207 + len(data.SHAPE_CLASSES))]:
         assert (one != data.draw_shape(*other, 64)[0]).mean() > 0.3
 
-def test_every_kind_of_image_becomes_rgb(tmp_path):
-    colour, grey16 = (200, 60, 20), Image.fromarray(np.full((30, 40), 128 * 257, np.uint16))
-    image = Image.new("RGB", (40, 30), colour)
-    kinds = {"palette.png": (image.quantize(8), colour), "cmyk.jpg": (image.convert("CMYK"), colour),
-             "x.webp": (image, colour), "rgba.png": (image.convert("RGBA"), colour), "16.png": (grey16, 128),
-             "clear.png": (Image.new("RGBA", (40, 30), (0, 0, 0, 0)), 255)}
+def test_images_are_turned_upright_and_put_on_white(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                          # turned by a right angle
-    for name, (kind, expected) in kinds.items():
-        kind.save(tmp_path / name, exif=exif)
-        pixels = np.asarray(data.read_image(tmp_path / name)).astype(int)
-        assert pixels.shape == (40, 30, 3) and np.abs(pixels - expected).max() < 6, name
+    Image.new("RGBA", (40, 30)).save(tmp_path / "clear.png", exif=exif)
+    pixels = np.asarray(data.read_image(tmp_path / "clear.png"))
+    assert pixels.shape == (40, 30, 3) and (pixels == 255).all()
 
 def test_crops():
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
@@ -167,7 +159,6 @@ def test_crops():
     rows = [data.random_crop(ramp, 50, data.generator("crop", 0, 0, k))[0, 25].int() for k in range(40)]
     assert {(row[-1] > row[0]).item() for row in rows} == {True, False}      # flipped or not
     assert np.ptp([row.min() for row in rows]) > 50                          # from all along the longer side
-    assert data.centre_crop(Image.new("RGB", (1, 500)), 32).shape == (3, 32, 32)
     pixels = np.random.default_rng(0).integers(0, 256, (44, 60, 3), np.uint8)          # 44 is 1.1 * 40
     places = [(0, 8), (0, 12), (4, 8), (4, 12), (2, 10)]
     for crop, (top, left) in zip(data.five_crops(Image.fromarray(pixels), 40), places, strict=True):
@@ -202,7 +193,7 @@ def test_causal_decoder_never_looks_ahead(first):
 
 @pytest.mark.parametrize("place", [0, 1, 3, 4, 9, 15])
 def test_causal_encoder_never_looks_ahead(place):
-    model, free, images = small_tokenizer(encoder="causal"), small_tokenizer(), torch.rand(3, 3, 32, 32)
+    model, images = small_tokenizer(encoder="causal"), torch.rand(3, 3, 32, 32)
     patches, later = F.unfold(images, 8, stride=8), data.generation_order(4)[place:]
     changed = F.fold(patches.index_copy(2, later, torch.rand(3, 192, len(later))), 32, 8, stride=8)
     first = 0 if place == 0 else 1 + place if place < 4 else 5 + place       # token that may see the patch
@@ -211,7 +202,6 @@ def test_causal_encoder_never_looks_ahead(place):
     assert torch.equal(a[:, :first], b[:, :first]) and (a[:, first:] != b[:, first:]).any(2).all()
     assert torch.allclose(model.encoder(images), a, atol=1e-5)               # as training computes it
     assert torch.equal(model.encode(images)[:, :first], model.encode(changed)[:, :first])
-    assert (free.encoder(images) != free.encoder(changed)).any(2).all()      # by default it does look ahead
 
 def test_quantizer_takes_the_nearest_code_and_passes_gradients():
     quantizer, z = small_tokenizer().quantizer, (torch.randn(2, 21, 8) * 0.3).requires_grad_()
@@ -262,10 +252,9 @@ def released_tokenizer(stage):
         shape = tuple(value.shape)
         if name.endswith(("to_latent.weight", "head.proj.weight")):
             shape += (1, 1)                   # a 1 x 1 convolution there
-        names = (theirs + name[len(ours):] for theirs, ours in RELEASED_NAMES.items()
-                 if name.startswith(ours))
-        theirs = next(names, name)
-        released[theirs] = rebuild("tok/" + theirs, shape)
+        for theirs, ours in RELEASED_NAMES.items():
+            name = name.replace(ours, theirs)
+        released[name] = rebuild("tok/" + name, shape)
     if stage == 2:
         del released["quantize.embed_prob"]
     return released
@@ -337,10 +326,11 @@ def test_released_ar_model(released, tmp_path):
     must(sample, words, "--class 3 --n 2")
     assert Image.open(tmp_path / "x.png").size == (132, 262)
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_cached_generation_equals_the_full_forward(scale):
+@pytest.mark.parametrize("scale, compiled", [
+    (1.0, False), (3.0, False), pytest.param(3.0, True, marks=[slow, needs_compiler])])
+def test_cached_generation_equals_the_full_forward(scale, compiled):
     model, classes = small_ar(), torch.tensor([1, 7, 3])
-    tokens = model.generate(classes, temperature=0, cfg_scale=scale, cfg_power=0.7)
+    tokens = model.generate(classes, top_k=1, cfg_scale=scale, cfg_power=0.7, compiled=compiled)
     both, caches = torch.cat([classes, torch.full_like(classes, 10)]), model.caches_for(6)
     rows = torch.cat([65 + both[:, None], tokens.repeat(2, 1)], 1)
     with torch.no_grad():
@@ -447,10 +437,8 @@ def test_shipped_pair_paints_a_red_triangle(tmp_path, monkeypatch):
     tokenizer, model = load_tokenizer(HERE / "weights/tokenizer.pt"), load_ar(HERE / "weights/ar.pt")
     tokens = model.generate(torch.tensor([207, 207]), image_uniforms(0, [0, 1], 73))
     assert tokens[0, :10].tolist() == [324, 861, 785, 785, 594, 594, 522, 522, 522, 739]
-    assert model.tokenizer == tokenizer.fingerprint()
     grid = cells("grid.png", 1, 64)
     assert torch.allclose(grid, tokenizer.decode(tokens), atol=BITS)
-    assert (grid[0, :, 8::16, 8::16].mean((1, 2)) - torch.tensor([0.908, 0.617, 0.62])).abs().max() < 0.012
     must(sample, "--n 2 --batch-size 1 --png again.png --class", Path("red triangle on rose"))     # not split
     assert torch.equal(cells("again.png", 1, 64), grid)
     must(sample, "--class 207 --n 2 --dtype bfloat16 --png coarse.png")
@@ -459,7 +447,6 @@ def test_shipped_pair_paints_a_red_triangle(tmp_path, monkeypatch):
     original, *painted = cells("both.png", 3, 64)             # by the causal decoder, and by the other
     told = [float(number) for number in re.findall(r"([\d.]+) dB", out)]
     assert told == pytest.approx(fid.psnr(torch.stack(painted), original).tolist(), abs=0.2)
-    assert 20 < told[0] < told[1]
 
 def test_painted_patches_are_certain():
     model = small_tokenizer()
@@ -505,8 +492,7 @@ def test_inception_computes_what_the_published_network_would(inception):
     with torch.no_grad():
         pool, spatial = net(fid.prepare(pictures((0, 7), 64))).split([2048, 2023], 1)
     numbers = [*pool[0, ::600], *spatial[1, ::600], *(pool @ net.fc.weight.T)[1, ::400]]
-    expected = [0.103443, 0.078771, 0.002228, 0.346496, 0.340519, 0, 0, 0, 0.180033, -0.35957, 0.00812]
-    assert np.allclose(numbers, expected, rtol=1e-4, atol=1e-5), numbers
+    near(numbers, [0.103443, 0.078771, 0.002228, 0.346496, 0.340519, 0, 0, 0, 0.180033, -0.35957, 0.00812])
 
 def test_frechet_distance():
     rng, zero = np.random.default_rng(0), torch.zeros(300)
@@ -539,15 +525,6 @@ def test_precision_and_recall():
     assert 0 < min(expected) < max(expected) < 1 and fid.precision_recall(a, a) == (1, 1)
     assert fid.precision_recall(a, a + 50) == (0, 0) and fid.precision_recall(a[:3], b) == (None, None)
 
-def test_tokenizer_report(trained):
-    model, images = load_tokenizer(trained / "tokenizer.pt"), pictures(range(6)) / 255
-    words = f"--tokenizer {trained}/tokenizer.pt --inception random --data shapes --num-images 6"
-    report, tokens = json.loads(must(fid, words)), model.encode(images)
-    painted = (model.decode(tokens) * 255).round() / 255
-    psnr = -10 * (painted - images).square().mean((1, 2, 3)).log10()
-    assert report["PSNR"] == pytest.approx(psnr.mean().item(), rel=1e-4)
-    assert report["codebook_use"] == pytest.approx(len(tokens.unique()) / 64) and report["rFID"] > 0
-
 def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch, inception):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     photos, place = write_images(tmp_path / "photos", ["cat"], 2), tmp_path / "hub/checkpoints/weights.pth"
@@ -565,54 +542,46 @@ def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch, inceptio
 def bad(tmp_path_factory, trained):
     """A folder of things that are wrong, for the table below."""
     bad = tmp_path_factory.mktemp("bad")
-    (bad / "nothing" / "cat").mkdir(parents=True)
     photo = (write_images(bad / "other", ["bird"]) / "bird" / "0.jpg").read_bytes()
-    for kind, content in (("broken", b"no picture"), ("truncated", photo[:len(photo) // 2])):
-        (write_images(bad / kind) / "cat" / "7.jpg").write_bytes(content)
+    (write_images(bad / "broken") / "cat" / "7.jpg").write_bytes(photo[:len(photo) // 2])
     Image.new("RGB", (1, 1), "red").save(bad / "broken" / "cat" / "pixel.png")         # even this will do
-    tokenizer, codebook = load(trained / "tokenizer.pt"), torch.zeros(64, 8)
+    other = load(trained / "tokenizer.pt")
+    other["model"]["quantizer.codebook"] += 1
+    torch.save(other, bad / "other.pt")
     hostile = type("Hostile", (), {"__reduce__": lambda self: (os.mkdir, (str(bad / "pwned"),))})
-    for name, content in {
-            "other": tokenizer | {"model": tokenizer["model"] | {"quantizer.codebook": codebook}},
-            "lacking": {"quantize.embedding.weight": codebook}, "hostile": {"config": hostile()}}.items():
-        torch.save(content, bad / f"{name}.pt")
+    torch.save({"config": hostile()}, bad / "hostile.pt")
     (bad / "cut.pt").write_bytes((trained / "tokenizer.pt").read_bytes()[:-5000])
     shutil.copy(trained / "ar.pt", bad)       # without the state that it came from
-    images = pictures(range(4)).permute(0, 2, 3, 1).numpy()
-    for name, arrays in {
-            "good": {"arr_0": images}, "one": {"arr_0": images[:1]}, "float": {"arr_0": images / 255},
-            "odd": {"x": images}, "origin": {"mu": np.zeros(2048), "sigma": np.eye(2048)}}.items():
-        np.savez(bad / f"{name}.npz", **arrays)
+    image = pictures([0]).permute(0, 2, 3, 1).numpy()
+    np.savez(bad / "one.npz", arr_0=image)
+    np.savez(bad / "float.npz", arr_0=image / 255)
+    np.savez(bad / "origin.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     return bad
 
 FEW = {train_tokenizer: f"{SHAPE} --steps 50 1 --batch-size 4", sample: "", fid: "--inception random",
        train_ar: "--steps 5 --batch-size 8 --num-pictures 200 --width 64 --depth 2"}
 BAD = {train_tokenizer: {                     # {words: what the message has to name}
-    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/nothing": "nothing/cat", "--steps 0 5": "--steps",
-    "--data {bad}/truncated --workers 2": "7.jpg", "--image-size 60": "multiple of", "--device mps": "mps",
+    "--data {bad}/nowhere": "{bad}/nowhere", "--data {bad}/broken --workers 2": "7.jpg",
     "--data {bad}/other --out {bad}/other/out": "among the pictures", "--prefix-tokens 3": "3 prefix",
-    "--batch-size 9 --accum 2": "multiple", "--recipe paper --no-perceptual --steps 2 9": "too few",
-    "--recipe paper --vision-weights {bad}/other --steps 9 9": "convnext_small",
-    "--stage 2": "no such checkpoint", "--stage 2 --out {trained} --codebook-size 128": "takes its shape",
+    "--batch-size 9 --accum 2": "multiple", "--stage 2": "no such checkpoint",
+    "--stage 2 --out {trained} --codebook-size 128": "takes its shape", "--out {trained}": "already",
     "--out {trained} --resume --steps 150 100 --batch-size 8 --lr 0.5": "now 0.5",
-    "--out {trained} --resume --steps 151 100 --batch-size 8": "stage 2", "--out {trained}": "already",
+    "--out {trained} --resume --steps 151 100 --batch-size 8": "stage 2",
     "--out {trained} --resume --steps 20 100 --batch-size 8": "has done 150"
 }, train_ar: {
     "": "no such checkpoint", "--out {bad} --resume": "ar.pt is there already",
-    "--tokenizer {tok} --data {bad}/truncated --val-data {bad}/other": "other classes",
+    "--tokenizer {tok} --data {bad}/broken --val-data {bad}/other": "other classes",
     "--tokenizer {bad}/other.pt --cache {trained}/tokens": "tokenizer", "--tokenizer {bad}/cut.pt": "cut.pt",
     "--tokenizer {trained}/ar.pt": "kind 'tokenizer'", "--tokenizer {bad}/hostile.pt": "run code",
-    "--tokenizer {bad}/lacking.pt": "does not fit", "--tokenizer {tok} --width 9": "a head",
-    "--tokenizer {tok} --cache {trained}/tokens --seed 1": "seed 1"
+    "--tokenizer {tok} --width 9": "a head", "--tokenizer {tok} --cache {trained}/tokens --seed 1": "seed 1"
 }, sample: {
-    "": "--class", "--out {trained} --class 1000": "1000", "--out {trained} --class dodo": "dodo",
+    "": "--class", "--out {trained} --class 1000": "1000", "--npz {bad}/one.npz --out {trained}": "already",
     "--class 1 --tokenizer {bad}/other.pt --ar {trained}/ar.pt": "another tokenizer",
-    "--npz {bad}/good.npz --out {trained}": "already", "--reconstruct {bad}/odd --out {trained}": "odd",
     "--npz {out}.npz --num-images 9 --out {trained}": "multiple"
 }, fid: {
-    "{bad}/nowhere": "{bad}/nowhere", "{bad}/one.npz": "two images", "{bad}/float.npz": "float64",
-    "{bad}/odd.npz": "arr", "{bad}/origin.npz": "rand", "{bad}/cut.pt": "cut", "{bad}/other": "one size",
-    "{bad}/one.npz --inception {tok}": "does not fit", "{bad}/one.npz --save-stats {bad}/one.npz": "already"}}
+    "{bad}/one.npz": "two images", "{bad}/float.npz": "float64", "{bad}/origin.npz": "rand",
+    "{bad}/other": "one size", "{bad}/one.npz --inception {tok}": "does not fit",
+    "{bad}/one.npz --save-stats {bad}/one.npz": "already"}}
 
 @pytest.mark.parametrize("module, words", [(module, words) for module in BAD for words in BAD[module]])
 def test_bad_input(module, words, bad, trained, tmp_path):
@@ -624,8 +593,7 @@ def test_bad_input(module, words, bad, trained, tmp_path):
     code, _, err = command(module, FEW[module], out, words.format(**names))
     assert code == 2 and "error: " in err and "Traceback" not in err, err
     assert BAD[module][words].format(**names) in err and files() == before, err
-    written = {path.suffix for path in tmp_path.rglob("*") if "tokens" not in path.parts}
-    assert written <= {"", ".jsonl"}
+    assert {path.suffix for path in tmp_path.rglob("*") if "tokens" not in path.parts} <= {"", ".jsonl"}
 
 def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
     words = f"--data {bad}/broken --out {tmp_path} --batch-size 8 --skip-bad-images --dtype bfloat16 --steps"
@@ -635,42 +603,32 @@ def test_image_folder_end_to_end_without_its_bad_image(bad, tmp_path):
     train, val = (data.open_array(tmp_path / "tokens" / part / "tokens.npy") for part in ("train", "val"))
     assert (train.shape, val.shape) == ((13, 10, 21), (1, 2, 21)) and train.max() < 64
     assert "1 (dog), 0 (cat)" in must(sample, f"--out {tmp_path} --class dog 0 --n 2")
-    args = SimpleNamespace(data=f"{bad}/broken", val_data=None, seed=0, skip_bad_images=True)
-    folder, _ = data.open_data(args, 32)
-    centre = data.centre_crop(data.read_image(bad / "broken" / folder.paths[0]), 32)
-    assert torch.equal(folder.read_crops(0)[0], torch.stack([centre, centre.flip(-1)]))
     assert (tmp_path / "tokens/train/stand_ins.txt").read_text() == "cat/pixel.png for cat/7.jpg\n"
 
 # ---- What surrounds a run: folders, data that changes, two runs, a full disk ----------------------
 
-def test_folders_as_people_have_them(tmp_path):
-    """Two classes, one behind a link, and much that is no picture beside them."""
+def test_folders_as_people_have_and_change_them(tmp_path):
+    """Two classes, one behind a link, and much that is no picture beside them. Then a picture changes."""
     folder, out = write_images(tmp_path / "photos", ["cat"], 3), tmp_path / "out"
     (folder / "Zoë").symlink_to(write_images(tmp_path / "elsewhere", ["dog"], 3) / "dog")
-    shutil.copy(folder / "cat/1.png", folder / "cat" / os.fsdecode(b"caf\xe9.png"))
     shutil.copytree(folder / "cat", folder / "cat/.ipynb_checkpoints")
     (folder / "cat" / "loop").symlink_to(folder)
     (folder / "cat" / "notes.txt").write_text("none")
-    code, _, err = command(train_tokenizer, f"--data {folder} --out {out} --steps 2 1", TOKENIZER)
-    assert code == 0 and "7 pictures in 2 folders (Zoë, cat); left out: 1 .txt\n" in err
-    assert f"--data {folder}" in must(train_ar, f"--out {out} --steps 2 --workers 1")  # on the same pictures
+    words = f"--out {out} --steps 2"
+    code, _, err = command(train_tokenizer, words, f"1 --data {folder} --val-data {folder}", TOKENIZER)
+    assert code == 0 and "6 pictures in 2 folders (Zoë, cat); left out: 1 .txt\n" in err
+    assert f"--data {folder}" in must(train_ar, words, "--workers 1")        # on the same pictures
     name = unicodedata.normalize("NFD", "Zoë")
-    must(sample, f"--out {out} --n 2 --seed 3 --cfg-scale 2 --class {name}")
-    must(sample, f"--out {out} --n 2 --class 1 --png {out}/each/")
-    names = {path.name for path in out.rglob("class_*.png")}
-    assert names == {"class_0_cfg_scale2.0_seed3.png", "class_1_00000.png", "class_1_00001.png"}
+    must(sample, f"--out {out} --n 2 --cfg-scale 2 --class {name} --png {out}/each/")
+    names = {path.name for path in (out / "each").iterdir()}
+    assert names == {"class_0_cfg_scale2.0_00000.png", "class_0_cfg_scale2.0_00001.png"}
     assert must(sample, f"--out {out} --classes").split() == ["0", "Zoë", "1", "cat"]
-
-def test_data_is_known_by_names_sizes_and_times(tmp_path):
-    folder, words = write_images(tmp_path / "photos"), f"--out {tmp_path}/out --steps 2"
-    must(train_tokenizer, words, f"1 --data {folder} --val-data {folder}", TOKENIZER)
-    must(train_ar, words)
     moved = folder.rename(tmp_path / "moved")
     must(train_ar, words, f"--resume --data {moved} --val-data {moved}")
-    Image.new("RGB", (40, 40)).save(moved / "dog" / "1.png")
+    Image.new("RGB", (40, 40)).save(moved / "cat" / "1.png")
     for module, more in ((train_ar, ""), (train_tokenizer, f"1 {TOKENIZER}")):
         code, _, err = command(module, words, more, f"--resume --data {moved} --val-data {moved}")
-        assert code == 2 and "pictures of class dog" in err and "of class cat" not in err, err
+        assert code == 2 and "pictures of class cat" in err and "of class Zoë" not in err, err
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     def write_half(file):
@@ -692,16 +650,6 @@ def test_two_runs_share_a_cache_but_not_a_folder(trained, tmp_path):
     assert sorted(run.returncode for run in runs) == [0, 0, 2], told
     assert all(any(words in text for text in told) for words in ("a is in use", "waiting for it")), told
 
-def test_error_of_a_spawned_reading_process_comes_at_once(tmp_path):
-    words = split(["x", TOKENIZER, "--workers 2 --out", tmp_path])
-    told = python("-c", f"""if __name__ == "__main__":
-        import multiprocessing, sys, data, train_tokenizer
-        data.Shapes.__getstate__ = lambda self: vars(self) | {{"split": None}}         # it can't read there
-        multiprocessing.set_start_method("spawn")
-        sys.argv = {words}
-        data.run(train_tokenizer.main)""", fails=True)
-    assert told.strip().endswith('can only concatenate str (not "NoneType") to str') and "Alarm" not in told
-
 @pytest.mark.parametrize("flags, tokens", [("--prefix-tokens 0", 16), ("--prefix-tokens 4 --cold-swap", 20),
                                            ("--decoder bidirectional", 21), ("--encoder causal", 21)])
 def test_other_tokenizers_train_longer_and_paint(flags, tokens, tmp_path):
@@ -712,26 +660,14 @@ def test_other_tokenizers_train_longer_and_paint(flags, tokens, tmp_path):
     rates = [data.learning_rate(steps - 1, steps, steps // 4, 2e-3, 1e-5) for steps in (4, 8)]
     assert log_of(tmp_path, "ar", "lr") == pytest.approx(rates)
     tokenizer, words = load_tokenizer(tmp_path / "tokenizer.pt"), f"--out {tmp_path} --class 207 --n 1"
-    must(sample, words, f"--png {tmp_path}/a.png")
+    must(sample, words)
     code, _, err = command(sample, words, f"--paint {tmp_path}/a.gif")
-    assert (code, "no causal decoder" in err) == ((2, True) if "--decoder" in flags else (0, False))
-    if code == 0:
-        film = Image.open(tmp_path / "a.gif")
-        film.seek(film.n_frames - 1)          # from 0 tokens to all, then the finished picture, zoomed
-        last = data.to_tensor(np.asarray(film.convert("RGB")))[:, 2:-2:4, 2:-2:4][:, -32:, :32] / 255
-        assert film.n_frames == tokens + 2 and (last - cells(tmp_path / "a.png", 1)[0]).abs().mean() < 0.03
+    if "--decoder" in flags:
+        assert code == 2 and "no causal decoder" in err
+    else:                                     # from 0 tokens to all, then the finished picture
+        assert code == 0 and Image.open(tmp_path / "a.gif").n_frames == tokens + 2
     assert tokenizer.config.num_tokens == tokens
     assert "--encoder" not in flags or looks_ahead(tokenizer, pictures(range(64)) / 255) == 0
-
-@needs_compiler
-def test_compiled_generation_equals_the_plain_one_and_copies_no_cache():
-    model, classes, uniforms = small_ar(), torch.tensor([1, 7, 3]), image_uniforms(0, range(3), 21)
-    options = dict(top_k=20, cfg_scale=3.0, kept=torch.arange(15).view(3, 5))
-    plain = model.generate(classes, uniforms, **options)
-    result, codes = run_and_get_code(model.generate, classes, uniforms, compiled=True, **options)
-    shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "".join(codes))       # of all that it allocates
-    sizes = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
-    assert torch.equal(result, plain) and 0 < max(sizes) < model.caches_for(6)[0][0].numel(), sizes
 
 @pytest.mark.parametrize("compiler", ["/nowhere", pytest.param("g++", marks=needs_compiler)])
 def test_training_with_and_without_a_compiler(compiler, tmp_path, monkeypatch):
@@ -761,7 +697,6 @@ def test_fine_tuning_starts_where_the_other_model_ended(trained, tmp_path):
     ar_model.start_from(model, old, [old.classes[7], "dodo", old.classes[0]])
     rows = [*range(65), 65 + 7, 65 + 1000, 65, 65 + 1000]     # tokens, two known classes, a new one, null
     assert model.embeddings.weight.equal(old.embeddings.weight[rows])
-    assert {place[0] for place in differing(old.state_dict(), model.state_dict())} == {"embeddings.weight"}
 
 PAPER = (f"--recipe paper {SHAPE} --batch-size 1 --seed 3 --eval-images 2 --warmup 2 --dtype bfloat16 "
          "--vision-weights random --steps 6 6 --save-every 1")
@@ -769,21 +704,17 @@ STATES = "tokenizer_stage1.pt", "tokenizer_stage2.pt", "tokenizer.pt"
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory):
-    """The paper's recipe, in small and undisturbed, with a copy of each save in saves/. -> its folder, and
-    the kinds of modules that ran, each with the dtype of what it returned."""
-    out, ran = tmp_path_factory.mktemp("paper"), set()
-    def note(module, _, output):
-        ran.add((type(module).__name__, getattr(output, "dtype", None)))
-    with pytest.MonkeyPatch.context() as patch, nn.modules.module.register_module_forward_hook(note):
+    """The paper's recipe, in small and undisturbed, with a copy of each save in saves/. -> its folder"""
+    out = tmp_path_factory.mktemp("paper")
+    with pytest.MonkeyPatch.context() as patch:
         copy_saves(patch, out / "saves")
         must(train_tokenizer, f"--out {out} --data", write_images(out / "photos") / "cat", PAPER)    # flat
-    return out, ran
+    return out
 
 def test_losses_reach_tokenizer_and_discriminator_in_turns(paper):
     """Phases of 1, 3 and 2 steps. What moved in a step, by the states saved before and after it."""
-    folder, ran = paper
     for stage in (1, 2):
-        states = [load(folder / "saves" / f"tokenizer_stage{stage}.{step:02d}.pt") for step in range(1, 7)]
+        states = [load(paper / "saves" / f"tokenizer_stage{stage}.{step:02d}.pt") for step in range(1, 7)]
         for step, (before, after) in enumerate(zip(states, states[1:]), 1):
             moved = {place[place[0] == "model"].split(".")[0] for place in differing(before, after)}
             learning = {"encoder", "quantizer", "decoder"} if stage == 1 else {"decoder"}
@@ -795,15 +726,12 @@ def test_losses_reach_tokenizer_and_discriminator_in_turns(paper):
         terms = {1: {"perceptual", "lpips"} | own, 2: {"perceptual"} | own, 5: {"discriminator"},
                  6: {"discriminator", "gan", "perceptual"} | own}
         assert all(set(states[step - 1]["losses"]) == terms[step] for step in terms), stage
-    ends = (load(folder / "saves" / f"tokenizer_stage{name}.pt") for name in ("1.06", "2.01"))
+    ends = (load(paper / "saves" / f"tokenizer_stage{name}.pt") for name in ("1.06", "2.01"))
     assert not differing(*(state["discriminator"] for state in ends))        # it goes on, decoder and all
-    losses = {"Discriminator", "ConvNeXt", "LPIPS"}           # in float32, whatever the tokenizer computes in
-    assert {pair for pair in ran if pair[0] in losses} == {(name, torch.float32) for name in losses}
-    assert ("MLP", torch.bfloat16) in ran
 
 def test_interrupted_in_every_phase_equals_uninterrupted(paper, tmp_path, monkeypatch):
     """The signals are real ones; only their moment, in the middle of given steps, is arranged."""
-    whole, breaks, read = paper[0], [1, 3, 5, 1, 3, 5], data.StopFlag.read
+    breaks, read = [1, 3, 5, 1, 3, 5], data.StopFlag.read
     def interrupted(flag, step):
         if breaks and step == breaks[0]:
             breaks.pop(0)
@@ -811,13 +739,13 @@ def test_interrupted_in_every_phase_equals_uninterrupted(paper, tmp_path, monkey
             python("-c", f"import os\nfor pid in {pids}: os.kill(pid, 15)")     # from outside
         return read(flag, step)
     monkeypatch.setattr(data.StopFlag, "read", interrupted)
-    words = f"--out {tmp_path} --data {whole}/photos/cat {PAPER} --resume --workers 1 --grad-checkpoint"
+    words = f"--out {tmp_path} --data {paper}/photos/cat {PAPER} --resume --workers 1 --grad-checkpoint"
     while breaks:
         assert command(train_tokenizer, words)[0] == 128 + signal.SIGTERM
     must(train_tokenizer, words)
     for name in STATES:
-        assert not differing(load(whole / name), load(tmp_path / name)), name
-    assert (whole / "log.jsonl").read_text() == (tmp_path / "log.jsonl").read_text()
+        assert not differing(load(paper / name), load(tmp_path / name)), name
+    assert (paper / "log.jsonl").read_text() == (tmp_path / "log.jsonl").read_text()
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_resumed_equals_uninterrupted(number, trained, tmp_path):
@@ -894,18 +822,25 @@ def test_two_ranks_paint_and_judge_like_one(trained, tmp_path):
     assert torch.allclose(*(cells(tmp_path / f"{ranks}.png", 5) for ranks in (1, 2)), atol=BITS)
     words = "--data shapes --num-images 9 --inception random --batch-size 2 --tokenizer", trained / STATES[2]
     one, two = json.loads(must(fid, *words)), json.loads(torchrun("fid.py", *words))
-    assert one.pop("images") == two.pop("images") and one.pop("inception") == two.pop("inception")
-    assert one == pytest.approx(two, rel=1e-4)
+    assert one.pop("inception") == two.pop("inception") and one.pop("images") == two.pop("images") == [9]
+    assert one == pytest.approx(two, rel=1e-4) and one["rFID"] > 0
+    model, images = load_tokenizer(trained / STATES[2]), pictures(range(9)) / 255
+    tokens = model.encode(images)
+    painted = (model.decode(tokens) * 255).round() / 255
+    psnr = -10 * (painted - images).square().mean((1, 2, 3)).log10()
+    assert one["PSNR"] == pytest.approx(psnr.mean().item(), rel=1e-4)
+    assert one["codebook_use"] == pytest.approx(len(tokens.unique()) / 64)
 
 def test_error_on_one_rank_reaches_all(bad, tmp_path):
     words = f"--out {tmp_path}/out --data {bad}/broken {TOKENIZER} --steps 50 1"
     assert re.search(r"rank [01]: error: .*cat/7.jpg", torchrun("train_tokenizer.py", words, fails=True))
 
-def changed_copy(folder, section):
-    """Copy the code to `folder` and make the change of a section of docs/changing.md, counted from 1."""
+def changed_copy(folder, *sections):
+    """Copy the code to `folder` and make the changes of sections of docs/changing.md, counted from 1."""
     for path in HERE.glob("*.py"):
         shutil.copy(path, folder)
-    text = (HERE / "docs" / "changing.md").read_text().split("\n## ")[section]
+    texts = (HERE / "docs" / "changing.md").read_text().split("\n## ")
+    text = "".join(texts[section] for section in sections)
     blocks = re.findall(r"(?ms)^`(\w+\.py)`:\n\n```diff\n(.*?)^```", text)
     assert blocks and len(blocks) == text.count("```diff"), "a diff without the name of its file"
     for name, block in blocks:
@@ -916,33 +851,26 @@ def changed_copy(folder, section):
 
 def test_change_of_the_quantizer(tmp_path):
     changed_copy(tmp_path, 1)
-    words = "train_tokenizer.py --image-size 32 --patch-size 8 --batch-size 8 --steps".split()
-    python(*words, 200, 50, cwd=tmp_path)
-    mse, state = log_of(tmp_path / "out", "tokenizer stage 1", "mse"), load(tmp_path / "out" / STATES[0])
+    words = "train_tokenizer.py --image-size 32 --patch-size 8 --batch-size 8 --steps 200 50"
+    python(*words.split(), cwd=tmp_path)
+    mse = log_of(tmp_path / "out", "tokenizer stage 1", "mse")
     assert np.mean(mse[-3:]) < 0.7 * mse[0], mse
-    assert all(moments["exp_avg"].any() for moments in state["optimizer"]["state"].values())   # all learn
     python("train_ar.py", *AR.split(), "--steps", 5, cwd=tmp_path)
     python(*"sample.py --class 207 --n 1 --png out/x.png".split(), cwd=tmp_path)
-    path = tmp_path / "tokenizer.py"
-    path.write_text(path.read_text().replace(".detach(), tokens", ", tokens"))
-    assert "no gradient reaches" in python(*words, 20, 1, "--out", "wrong", cwd=tmp_path, fails=True)
 
-def test_change_of_the_shapes(tmp_path):
-    changed_copy(tmp_path, 2)
-    python("-m", "pytest", "-q", "test_all.py", "-k", "test_shapes_show", cwd=tmp_path)
-    assert python("-c", "import data; print(len(data.SHAPE_CLASSES))", cwd=tmp_path) == "1100\n"
-
-def test_change_of_the_order(tmp_path):
-    changed_copy(tmp_path, 3)
-    python("-m", "pytest", "-q", "test_all.py", "-k", "looks_ahead or painted_patches", cwd=tmp_path)
-    assert small_tokenizer().fingerprint() not in python("-c", """if True:
-        import pytest, torch, data, test_all, tokenizer
-        print(test_all.small_tokenizer().fingerprint())
-        assert data.generation_order(3).tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8]
-        for wrong in (torch.zeros(16, dtype=torch.long), torch.arange(15), torch.arange(1, 17)):
-            tokenizer.generation_order = lambda grid: wrong
-            with pytest.raises(data.InputError, match="generation_order"):
-                test_all.small_tokenizer()""", cwd=tmp_path)
+def test_changes_of_the_shapes_and_the_order(tmp_path):
+    changed_copy(tmp_path, 2, 3)
+    kept = "test_shapes_show or looks_ahead or painted_patches"
+    python("-m", "pytest", "-q", "test_all.py", "-k", kept, cwd=tmp_path)
+    told = python("-c", """if True:
+        import data, test_all
+        print(len(data.SHAPE_CLASSES), data.generation_order(2).tolist())
+        print(test_all.small_tokenizer().fingerprint())""", cwd=tmp_path)
+    assert told.startswith("1100 [0, 2, 1, 3]\n") and small_tokenizer().fingerprint() not in told
+    changed = (tmp_path / "data.py").read_text().replace("view(grid, grid).T.flatten()", "fmod(3)")
+    (tmp_path / "data.py").write_text(changed)
+    words = "-c", "import test_all; test_all.small_tokenizer()"
+    assert "generation_order must name every patch" in python(*words, cwd=tmp_path, fails=True)
 
 # ==== Evidence, which is no part of the product, after its tests ==================================
 

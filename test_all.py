@@ -896,7 +896,7 @@ def test_benchmark_judge_and_sheet(tmp_path, capsys):
     assert Image.open(tmp_path / "sheet.png").width > 960
 
 def test_operations():
-    model, (T, C, V) = small_ar(), (21, 48, 64)
+    model, (T, C) = small_ar(), (21, 48)                      # tokens, width
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
     tokens = torch.zeros(1, T - 1, dtype=torch.long)
     count, hours = operations(lambda: model(tokens, tokens[:, 0]), "TF32")

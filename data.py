@@ -161,7 +161,7 @@ def image_files(folder):
                 others[suffix or name] += 1
     groups = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     left_out = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
-    say(f"{folder}: {len(paths):,} pictures in {len(groups)} folders ({', '.join(groups[:3])}"
+    say(f"{folder}: {len(paths):,} pictures in {len(groups)} folders ({', '.join(groups[:3]) or 'one class'}"
         f"{', ...' * (len(groups) > 3)}); left out: {left_out or 'nothing'}", sys.stderr)
     return sorted(paths)
 
@@ -228,7 +228,7 @@ class ImageFolder:
         self.paths, self.labels, self.files = paths, labels, {}              # arrays, which workers share
         stamps = [[] for _ in classes]
         for path, label in zip(paths, labels):
-            status = os.stat(os.path.join(folder, path))
+            status = os.stat(f"{folder}/{path}")
             stamps[label].append(f"{path} {status.st_size} {status.st_mtime_ns}\n")
         for name, lines in zip(classes, stamps):
             digest = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
@@ -242,7 +242,7 @@ class ImageFolder:
         same = np.flatnonzero(self.labels == self.labels[index]) if self.skip_bad else [index]
         for other in np.roll(same, -np.searchsorted(same, index)):
             try:
-                return read_image(os.path.join(self.folder, self.paths[other])), other
+                return read_image(f"{self.folder}/{self.paths[other]}"), other
             except InputError as error:
                 if not self.skip_bad:
                     raise InputError(f"{error}, or train with --skip-bad-images") from None
@@ -563,7 +563,7 @@ def add_run_arguments(parser):
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
-    add("--lr", type=above_zero, help="of the first phase, at its peak; all scale with it (%(default)s)")
+    add("--lr", type=above_zero, help="learning rate at its peak; all phases scale with it (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup; fewer in short runs (%(default)s)")
     add("--clip", type=at_least_zero, help="largest gradient norm; 0 is no limit (%(default)s)")
     add("--seed", **SEED)
@@ -579,11 +579,11 @@ def add_run_arguments(parser):
 def add_device_arguments(parser):
     parser.add_argument("--device", **DEVICE)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                        help="of the matrix work; auto is bfloat16 where the hardware is fast at it")
+                        help="of the matrix work; auto: bfloat16 where hardware is fast at it (%(default)s)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile")
 
 # What decides the result, so that a resumed run must not change it. The number of steps may change.
-FIXED = "batch_size lr warmup clip seed dtype".split()
+FIXED = "batch_size lr warmup clip seed dtype recipe judged_by blend_between class_dropout ten_crop".split()
 LOG_EVERY = 20                                # steps
 
 def refuse_changes(message, saved, now, advice):
@@ -697,15 +697,17 @@ def learning_rate(step, steps, warmup, peak, final):
 
 def distribute(model):
     """The model for training on several ranks, as it is on one."""
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    ddp = nn.parallel.DistributedDataParallel
+    return ddp(model, forward_sync_buffers=False) if world_size() > 1 else model
 
 def compile_and_checkpoint(modules, steps, args, device):
     """--grad-checkpoint: keep nothing of what happens inside a block; the backward pass computes it again.
     torch.compile on a GPU, and on a CPU in runs long enough (ours) to win back the half minute it takes."""
     torch._dynamo.config.suppress_errors = device.type != "cuda"             # a CPU may have no compiler
     for module in modules:
-        if args.grad_checkpoint:
-            for block in module.blocks:
+        for block in module.blocks:
+            vars(block).pop("forward", None)  # stage 1's: in stage 2 the encoder has no backward pass
+            if args.grad_checkpoint and next(block.parameters()).requires_grad:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if args.compile and (device.type == "cuda" or steps >= 4000):
             module.compile()

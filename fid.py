@@ -46,7 +46,7 @@ def find_weights(name, place=None):
     file_name = os.path.basename(address)
     path = place or os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
     if os.path.isdir(path):
-        path = os.path.join(path, file_name)
+        path = f"{path}/{file_name}"
     if place and not os.path.isfile(path):
         raise InputError(f"no such file: {path}; it is published at {address}")
     if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.exists(path):
@@ -284,7 +284,7 @@ class Folder:
     def __init__(self, path, crop=None):
         self.crop, self.paths = crop, [path]
         if os.path.isdir(path):
-            self.paths = [os.path.join(path, name) for name in data.image_files(path)]
+            self.paths = [f"{path}/{name}" for name in data.image_files(path)]
         self.size = None if crop or not self.paths else data.read_image(self.paths[0]).size
 
     def __len__(self):

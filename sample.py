@@ -6,7 +6,7 @@
     python sample.py --reconstruct photos/ --png grid.png        # what the tokenizer makes of pictures
     torchrun --nproc_per_node=8 sample.py --npz samples.npz --num-images 50000
 
-Picture k of a command follows from (seed, k) alone, whatever the batch size and the number of ranks.
+In float32, picture k of a command follows from (seed, k) alone, whatever the batch size and the ranks.
 """
 import argparse
 import hashlib
@@ -83,7 +83,7 @@ def save_grid(images, columns, name, args):
     path = args.png or f"{args.out}/{name}.png"
     if path.endswith("/") or os.path.isdir(path):
         for k, image in enumerate(images):
-            data.save_picture(os.path.join(path, f"{name}_{k:05d}.png"), data.to_image(image))
+            data.save_picture(f"{path}/{name}_{k:05d}.png", data.to_image(image))
     else:
         data.save_picture(path, data.grid_image(images, columns))
     return path
@@ -148,9 +148,8 @@ def paint_gif(model, tokenizer, ids, args, device):
     config, columns = tokenizer.config, args.n if args.n > 1 else len(ids)
     tokens, finished = paint_all(model, tokenizer, ids, args, device)
     image, strip = tokenizer.decode_causal(tokens)
-    frames = []
-    for known, shown in enumerate([image] * (config.num_tokens + 1) + [finished]):
-        frames.append(data.grid_image(so_far(shown, strip, tokenizer, known), columns))
+    frames = [data.grid_image(so_far(shown, strip, tokenizer, known), columns)
+              for known, shown in enumerate([image] * (config.num_tokens + 1) + [finished])]
     durations = [60] * config.num_tokens + [600, 3000]                       # in ms
     film = dict(save_all=True, append_images=frames[1:], loop=0, duration=durations)
     data.replace_file(args.paint, lambda file: frames[0].save(file, "GIF", **film))

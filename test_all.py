@@ -4,7 +4,7 @@
     python -m pytest -m "not slow" test_all.py       # about a minute: no kills, ranks, pipelines, compiler
     python test_all.py benchmark                     # milliseconds a token in sampling, each way
     python test_all.py claims study                  # trains for hours, prints the tables of docs/claims.md
-    python test_all.py costs                         # of the published recipe, on paper
+    python test_all.py costs                         # of the published recipe, calculated
     python test_all.py judge out run-0 run-1         # a table of runs: are their samples what was asked for?
     python test_all.py sheet --png shapes.png        # labelled contact sheet of the built-in pictures
 """
@@ -655,6 +655,7 @@ def test_two_runs_share_a_cache_but_not_a_folder(trained, tmp_path):
 def test_other_tokenizers_train_longer_and_paint(flags, tokens, tmp_path):
     must(train_tokenizer, f"--out {tmp_path}", TOKENIZER, flags, "--steps 6 4")
     must(train_tokenizer, f"--out {tmp_path}", TOKENIZER, flags, "--steps 6 5 --resume")
+    must(train_tokenizer, f"--out {tmp_path}", TOKENIZER, flags, "--stage 1 --steps 6 5 --resume")
     must(train_ar, f"--out {tmp_path}", AR, "--steps 4")
     must(train_ar, f"--out {tmp_path}", AR, "--steps 8 --resume")
     rates = [data.learning_rate(steps - 1, steps, steps // 4, 2e-3, 1e-5) for steps in (4, 8)]
@@ -666,7 +667,7 @@ def test_other_tokenizers_train_longer_and_paint(flags, tokens, tmp_path):
         assert code == 2 and "no causal decoder" in err
     else:                                     # from 0 tokens to all, then the finished picture
         assert code == 0 and Image.open(tmp_path / "a.gif").n_frames == tokens + 2
-    assert tokenizer.config.num_tokens == tokens
+    assert tokenizer.config.num_tokens == tokens and tokenizer.config.decoder == "bidirectional"
     assert "--encoder" not in flags or looks_ahead(tokenizer, pictures(range(64)) / 255) == 0
 
 @pytest.mark.parametrize("compiler", ["/nowhere", pytest.param("g++", marks=needs_compiler)])
@@ -997,9 +998,9 @@ def looks_ahead(tokenizer, images):
     return torch.cat(changed)[:, :config.prefix_tokens + rows * config.grid].double().mean().item()
 
 def judge(paths, args, steps=800):
-    """Print a table of what samples show, a column of true pictures beside them. paths: .npz files, classes in
-    turn, or folders of runs with samples.npz. Folders that differ only in a final -number share a column: mean
-    and deviation. args.png: where a grid goes, first of samples, then of true pictures."""
+    """Print a table of what samples show, a column of true pictures beside them. paths: .npz files, classes
+    in turn, or folders of runs with samples.npz. Folders that differ only in a final -number share a column:
+    mean and deviation. args.png: where a grid goes, first of samples, then of true pictures."""
     files = [path / "samples.npz" if path.is_dir() else path for path in paths]
     samples = [np.load(file, allow_pickle=False)["arr_0"] for file in files]
     args = argparse.Namespace(**vars(args), seed=0, num_pictures=50_000, skip_bad_images=False)
@@ -1016,7 +1017,8 @@ def judge(paths, args, steps=800):
     _, reference = classify(classifier, torch.stack(images), torch.tensor(labels), counts)
     for name, images, labels in sets:
         shares, features = classify(classifier, images, labels, counts)
-        scores = dict(zip(digits, shares), **{"Frechet distance": fid.frechet_distance(*reference, *features)})
+        scores = dict(zip(digits, shares))
+        scores["Frechet distance"] = fid.frechet_distance(*reference, *features)
         name, columns = re.sub(r"-\d+$", "", name), min(n, 16)
         for row, score in scores.items():
             rows.setdefault(row, {}).setdefault(name, []).append(score)
@@ -1039,7 +1041,7 @@ def operations(call, dtype):
     return np.array([count, count / (0.4 * RATES[dtype] * 3600)])
 
 def costs(presets=("B", "L", "XL")):
-    """Print what the published recipe costs on paper."""
+    """Print what the published recipe costs, by calculation."""
     image, painted = torch.zeros(1, 3, 256, 256), torch.zeros(1, 3, 256, 256, requires_grad=True)
     model, judges = Tokenizer(TokenizerConfig()).eval(), fid.load_judges("random", "cpu")
     discriminator, rows = train_tokenizer.Discriminator(128), {}
@@ -1290,7 +1292,8 @@ def main():
         parser.error("claims and judge need a PATH, the others need none")
     calls = {"benchmark": lambda: benchmark(args.device, args.preset, args.batch_size), "costs": costs,
              "claims": lambda: claims(args.paths[0], args.fashion, device=args.device),
-             "judge": lambda: judge(args.paths, args), "sheet": lambda: contact_sheet(args.png or "shapes.png")}
+             "judge": lambda: judge(args.paths, args),
+             "sheet": lambda: contact_sheet(args.png or "shapes.png")}
     calls[args.command]()
 
 if __name__ == "__main__":

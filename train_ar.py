@@ -60,7 +60,7 @@ def train(model, tokenizer, caches, classes, args, device):
     """Train in place, from where --resume finds the state, to the last step. caches: {"train", "val"}."""
     run, path, config = "ar", f"{args.out}/ar_state.pt", model.config
     n, fingerprint = len(caches["train"]), tokenizer.fingerprint()
-    fixed = {name: getattr(args, name) for name in [*data.FIXED, "class_dropout"]} | asdict(config)
+    fixed = {name: getattr(args, name, None) for name in data.FIXED} | asdict(config)
     fixed |= {"tokenizer": fingerprint, **caches["train"].files, **caches["val"].files}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     matrices, others = [], []
@@ -89,7 +89,7 @@ def train(model, tokenizer, caches, classes, args, device):
     model.train()
     for step in progress:
         warmup = min(args.warmup, args.steps // 4)                           # for short runs, ours
-        lr = data.learning_rate(step, args.steps, warmup, args.lr, args.final_lr)
+        lr = data.learning_rate(step, args.steps, warmup, args.lr, min(args.lr, args.final_lr))
         # Dropout follows from (seed, step, rank), so that a resumed run repeats it.
         torch.manual_seed(data.generator("dropout", args.seed, step, data.rank()).integers(2 ** 62).item())
         sums = {"loss": 0, "accuracy": 0}

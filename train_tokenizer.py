@@ -125,8 +125,8 @@ def evaluate(model, val, args, device, picture_path):
         counts += tokens.flatten().cpu().bincount(minlength=len(counts))
         total += psnr(model.decode(tokens), images).sum().item()
     total, *counts = data.over_ranks([total, *counts.tolist()])
-    shown = torch.stack([val.read(0, index)[0] for index in data.spread(len(val), 8)])
-    images = data.to_float(shown, device)
+    shown = [val.read(0, index)[0] for index in data.spread(len(val), 8)]
+    images = data.to_float(torch.stack(shown), device)
     painted = model.decode(model.encode(images))
     data.save_picture(picture_path, data.grid_image(torch.cat([images, painted]), len(images)))
     model.train()
@@ -141,7 +141,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     run, path = f"tokenizer stage {stage}", paths[stage - 1]
     phases, steps = args.phases[stage], args.steps[stage - 1]
     schedule = [(phase, phase_step) for phase in phases for phase_step in range(phase.steps)]
-    fixed = {name: getattr(args, name) for name in [*data.FIXED, "recipe", "judged_by", "blend_between"]}
+    fixed = {name: getattr(args, name, None) for name in data.FIXED}
     order = data.generation_order(config.grid).tolist()
     warm = stage == 2 and not args.cold_swap
     fixed |= {"order": order, "warm": warm, **asdict(config), **train.files, **val.files}
@@ -306,7 +306,6 @@ def main():
     if any(phase.perceptual or phase.lpips for phase in itertools.chain(*args.phases.values())):
         judges = load_judges(args.vision_weights, device)
         args.judged_by = "random" if args.vision_weights == "random" else "ConvNeXt and LPIPS"
-
     stop_flag = data.StopFlag()
     torch.manual_seed(args.seed)
     if 1 in stages:
@@ -323,6 +322,8 @@ def main():
             torch.manual_seed(args.seed + 1)
             model.swap_decoder(args.cold_swap)
         train_stage(model, train, val, args, judges, stop_flag, device)
+        if stage == 1 and os.path.exists(f"{args.out}/tokenizer_stage2.pt"):
+            continue                          # tokenizer.pt is stage 2's already
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
                              model=model.state_dict(), data=(args.data, args.val_data),
                              order=data.generation_order(config.grid).tolist())

@@ -1037,34 +1037,34 @@ def operations(call, dtype):
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), (
             FlopCounterMode(display=False)) as counter:
         call()
-    count = counter.get_total_flops()
-    return np.array([count, count / (0.4 * RATES[dtype] * 3600)])
+    return counter.get_total_flops() * np.array([1, 1 / (0.4 * RATES[dtype] * 3600)])
 
-def costs(presets=("B", "L", "XL")):
+def costs():
     """Print what the published recipe costs, by calculation."""
     image, painted = torch.zeros(1, 3, 256, 256), torch.zeros(1, 3, 256, 256, requires_grad=True)
     model, judges = Tokenizer(TokenizerConfig()).eval(), fid.load_judges("random", "cpu")
-    discriminator, rows = train_tokenizer.Discriminator(128), {}
-    for stage, phases in enumerate(train_tokenizer.RECIPES["paper"]["stages"], 1):
+    recipe, both, rows = train_tokenizer.RECIPES["paper"], torch.cat([image, image]), {}
+    discriminator = train_tokenizer.Discriminator(recipe["discriminator"])
+    difference = functools.partial(train_tokenizer.perceptual_loss, judges["convnext"])
+    for stage, phases in enumerate(recipe["stages"], 1):
         if stage == 2:
             model.swap_decoder()
         total = 0
         for phase in phases:
-            loss = functools.partial(train_tokenizer.perceptual_loss, judges["convnext"], painted, image)
             step = operations(lambda: model(image)[0].mean().backward(), "bfloat16")
-            step += operations(lambda: loss().backward(), "TF32")
+            step += operations(lambda: difference(painted, image).backward(), "TF32")
             if phase.lpips:
                 step += operations(lambda: judges["lpips"](painted, image).mean().backward(), "TF32")
             if phase.gan:                     # half of the steps are the discriminator's
-                judge, both = discriminator.requires_grad_(False), torch.cat([image, image])
-                step += operations(lambda: judge(painted).mean().backward(), "TF32")
+                discriminator.requires_grad_(False)
+                step += operations(lambda: discriminator(painted).mean().backward(), "TF32")
+                discriminator.requires_grad_(True)
                 step += operations(lambda: model(image), "bfloat16")
-                judge.requires_grad_(True)
-                step = (step + operations(lambda: judge(both).mean().backward(), "TF32")) / 2
-            total += step * phase.steps * train_tokenizer.RECIPES["paper"]["batch_size"]
+                step = (step + operations(lambda: discriminator(both).mean().backward(), "TF32")) / 2
+            total += step * phase.steps * recipe["batch_size"]
         rows[f"tokenizer, stage {stage}"] = total
     rows["ten crops of ImageNet"] = 1_281_167 * 10 * operations(lambda: model.encode(image), "float32")
-    for preset in presets:
+    for preset in ("B", "L", "XL"):
         model, recipe = ARModel(ARConfig(**ar_model.PRESETS[preset])), train_ar.RECIPES[preset]
         tokens = torch.zeros(1, model.config.num_tokens - 1, dtype=torch.long)
         step = operations(lambda: model(tokens, tokens[:, 0]).mean().backward(), "bfloat16")

@@ -38,7 +38,7 @@ class ARConfig:
         if self.prefix_tokens is None:
             self.prefix_tokens = self.grid + 1
         if self.width % self.heads or self.width // self.heads % 4:
-            raise InputError(f"the size of a head, {self.width} / {self.heads}, must be a multiple of 4")
+            raise InputError(f"width {self.width} / {self.heads} heads: no multiple of 4; change the width")
 
     @property
     def num_tokens(self):
@@ -53,7 +53,7 @@ PRESETS = {
 
 def rotary_table(grid, prefix_tokens, head_dim):
     """cos and sin of every position's angles, (2, 1 + N, D/2), for [class, prefix, image]. Class: zeros, so
-    its query and key vanish (released weights rely on it). Prefix token k: position k, over the whole head.
+    all scores with its key are 0, as in released weights. Prefix token k: position k, over the whole head.
     Image token: half of the head turns by P + its row, the other half by P + its column."""
     def angles(positions, dim):
         return positions[:, None] / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)

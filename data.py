@@ -329,15 +329,13 @@ def batch_keys(stream, n, args, start=0):
                    for epoch, place in places]
 
 def spread(n, count):
-    """`count` indices, or all if there are fewer, spread over 0 ... n-1. Their distances vary, because equal
-    ones would often miss most of the classes that take turns."""
+    """`count` indices, or all, spread over 0 ... n-1 at varying distances: equal ones would miss classes."""
     count = min(n, count)
     return [k * n // count + int(k * 0.618034 % 1 * (n // count)) for k in range(count)]
 
 def rank_spans(count, size):
     """This rank's share of `count` places: slices of at most `size`, which the ranks take in turn."""
-    starts = range(rank() * size, count, world_size() * size)
-    return [slice(start, start + size) for start in starts]
+    return [slice(k, k + size) for k in range(rank() * size, count, world_size() * size)]
 
 class Reader:
     """Reads batches of keys; an unreadable image travels as its error, so that workers can't bury it."""
@@ -442,10 +440,10 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
         if v.device.type != "cpu" or not v.requires_grad and q.shape[2] > 1:
             return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask, dropout, causal)
         scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5              # (B, H, queries, keys)
-        if causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
+        if causal:
+            scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
         return F.dropout(scores.softmax(-1), dropout) @ v.float()
 
 class PackedLinear(nn.Module):
@@ -563,7 +561,7 @@ def add_run_arguments(parser):
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
-    add("--lr", type=above_zero, help="learning rate at its peak; all phases scale with it (%(default)s)")
+    add("--lr", type=above_zero, help="largest learning rate; a recipe's others follow (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup; fewer in short runs (%(default)s)")
     add("--clip", type=at_least_zero, help="largest gradient norm; 0 is no limit (%(default)s)")
     add("--seed", **SEED)
@@ -583,7 +581,7 @@ def add_device_arguments(parser):
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile")
 
 # What decides the result, so that a resumed run must not change it. The number of steps may change.
-FIXED = "batch_size lr warmup clip seed dtype recipe judged_by blend_between class_dropout ten_crop".split()
+FIXED = "batch_size lr final_lr warmup clip seed dtype judged_by blend_between class_dropout ten_crop".split()
 LOG_EVERY = 20                                # steps
 
 def refuse_changes(message, saved, now, advice):
@@ -804,7 +802,7 @@ def load_checkpoint(path, kind, from_released=None):
     """-> the dict that `save_checkpoint` wrote. InputError for anything but a checkpoint of this kind.
     from_released: turns the weights in a file of the authors into such a dict. KeyError for others."""
     if not os.path.isfile(path):
-        raise InputError(f"no such checkpoint: {path} (train_{kind}.py writes it at its end)")
+        raise InputError(f"no such checkpoint: {path} (train_{kind}.py writes it)")
     content = read_torch(path)
     try:
         if from_released and "kind" not in content:
@@ -831,6 +829,8 @@ def load_fitting(model, state):
     own = model.state_dict()
     fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     model.load_state_dict(fits, strict=False)
+    if len(fits) < len(own) / 2:
+        say(f"note: {len(fits)} of {len(own)} tensors fit; the others start anew")
 
 def load_training_state(path, kind, fixed, steps):
     """The state that --resume goes on from, or None. InputError if `fixed` differs, and beyond `steps`."""

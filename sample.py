@@ -46,7 +46,7 @@ def class_id(word, model):
         return names.index(word)
     if word.isdecimal() and int(word) < model.config.num_classes:
         return int(word)
-    raise InputError(f"no class {word!r}: there are {model.config.num_classes}, and --classes lists them")
+    raise InputError(f"no class {word!r}: ids go to {model.config.num_classes - 1}; --classes lists all")
 
 # ---- Painting ------------------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ def parse_args():
     add("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="ids or names; a name wins")
     add("--keep", type=data.from_0_to_1, default=0.5, help="with --image: share of its tokens to keep (0.5)")
     add("--num-images", type=data.positive, help="pictures in the .npz (50,000); rows of --image (8)")
-    add("-n", "--n", type=data.positive, default=16, help="pictures of a class, to reconstruct; completions")
+    add("-n", "--n", type=data.positive, default=16, help="pictures of a class, or completions (16)")
     add("--seed", **data.SEED)
     add("--cfg-scale", type=data.at_least_zero, help="guidance at the last token; 1 is none (the model's)")
     add("--cfg-power", type=data.at_least_zero, help="above 1 guidance comes late (the model's)")
@@ -209,7 +209,7 @@ def parse_args():
     add("--top-k", type=data.positive, help="draw from the k likeliest tokens")
     add("--batch-size", type=data.positive, default=16, help="(%(default)s)")
     add("--out", default="out", help="folder with tokenizer.pt and ar.pt (%(default)s)")
-    add("--tokenizer", help="tokenizer checkpoint (in --out, or the demo's if there is no model)")
+    add("--tokenizer", help="tokenizer checkpoint (in --out; the demo's, if none is given or there)")
     add("--ar", help="AR checkpoint (likewise)")
     add("--png", help="file of a grid (default: in --out, after what it shows), or folder of single pictures")
     data.add_device_arguments(parser)
@@ -222,8 +222,8 @@ def parse_args():
         parser.error("--png names the input; name another file")
     needs_class = not (args.npz or args.reconstruct or args.list_classes)
     if needs_class != bool(args.classes) and not args.image:
-        parser.error("say what to paint: --class (with --paint, to see it appear), --image (with a --class "
-                     "or without), --reconstruct, --npz or --classes")
+        parser.error("say what to paint: --class (alone, with --paint or with --image), or without a --class "
+                     "one of --image, --reconstruct, --npz and --classes")
     if args.image and len(args.classes) > 1:
         parser.error("--image takes one --class at most")
     args.num_images = args.num_images or (50_000 if args.npz else 8)

@@ -111,8 +111,8 @@ def learned(count, width):
 # ---- Encoder: picture -> latents --------------------------------------------------------------------
 
 def own_patches(config):
-    """For each of the N latents the patch that it paints, as row * g + column. Prefix: the first patch, then
-    the first g in the order of generation (by default the first row). Image tokens: every patch."""
+    """The patch that each of the N tokens paints, as row * g + column. Prefix: the first patch, then the
+    first g in the order of generation (by default the first row). Image tokens: every patch."""
     order = generation_order(config.grid)
     strip = torch.cat([order[:1], order[:config.grid]])
     return torch.cat([strip[len(strip) - config.prefix_tokens:], order])     # P = g: without the first patch
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
     def forward(self, images):
         patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.patch_positions     # (B, g*g, C)
         latents = (self.latent_tokens + self.latent_positions).expand(len(images), -1, -1)         # (B, N, C)
-        x = self.ln_pre(torch.cat([patches, latents.to(patches.dtype)], dim=1))
+        x = self.ln_pre(torch.cat([patches, latents], dim=1))
         for block in self.blocks:
             x = block(x, mask=self.mask)
         return self.to_latent(self.ln_post(x[:, patches.shape[1]:]))
@@ -252,9 +252,9 @@ class PixelHead(nn.Module):
         return x.float().sigmoid()                            # bfloat16 is coarser than 8 bits
 
 class Decoder(nn.Module):
-    """Transformer over [learned tokens, latents]: (B, N, D) -> picture (B, 3, H, W), strip, both in [0, 1].
-    Causal (stage 1): one learned token in front, every token sees only earlier ones, and the prefix paints
-    the strip (B, 3, p, P*p). Bidirectional (stage 2): `buffer_tokens` in front, and no strip."""
+    """Transformer: quantized latents (B, N, D) -> picture (B, 3, H, W) and strip, both in [0, 1]. Causal
+    (stage 1): one learned token in front, every token sees only earlier ones, and the prefix paints the
+    strip (B, 3, p, P*p). Bidirectional (stage 2): `buffer_tokens` learned tokens in front, no strip."""
     def __init__(self, config):
         super().__init__()
         c, width = config, config.decoder_width

@@ -145,7 +145,7 @@ def parse_args():
     add("--tokenizer", help="a trained tokenizer (default: tokenizer.pt in --out)")
     add("--cache", help="folder of the token cache (default: tokens in --out)")
     add("--steps", type=data.positive, help="steps to train (%(default)s)")
-    add("--width", type=data.positive, help="of the model; the size of a head stays (%(default)s)")
+    add("--width", type=data.positive, help="of the model; the number of heads follows (%(default)s)")
     add("--depth", type=data.positive, help="blocks (%(default)s)")
     add("--dropout", type=data.number(float, 0, 0.99), help="(%(default)s)")
     add("--ten-crop", action="store_true", help="cache ten crops of an image, as the paper does, not two")

@@ -40,9 +40,8 @@ PAPER = [
     Phase("perceptual", 200_000, 1e-4, 2e-5, quantizer=1.0, perceptual=1.0),
     Phase("gan", 100_000, 2e-5, 2e-6, quantizer=1.0, perceptual=1.0, gan=0.1 * 0.05)]
 
-# batch_size: over all ranks. warmup: of stage 1, and of stage 2 after a cold swap, a tenth at most. clip:
-# largest gradient norm, 0 is no limit. blend_between: shares of stage 1 between which quantization is blended
-# in; before, the decoder sees the latents themselves. discriminator: channels of its first layer.
+# warmup: in stage 2 only after a cold swap. blend_between: shares of stage 1 between which quantization is
+# blended in; before, the decoder sees the latents themselves. discriminator: channels of its first layer.
 RECIPES = {
     # Ours. Without a perceptual loss the commitment term would outweigh the picture, and quantizing from the
     # first step keeps so small a model from finding out where in the picture a token belongs. On a grid of 8
@@ -144,7 +143,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     fixed = {name: getattr(args, name, None) for name in data.FIXED}
     order = data.generation_order(config.grid).tolist()
     warm = stage == 2 and not args.cold_swap
-    fixed |= {"order": order, "warm": warm, **asdict(config), **train.files, **val.files}
+    fixed |= {"order": order, "warm": warm, "phases": str(args.stages[stage - 1]),
+              **asdict(config), **train.files, **val.files}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     discriminator = Discriminator(args.discriminator).to(device)
     optimizer, disc_optimizer = (
@@ -271,7 +271,7 @@ def parse_args():
         shape["prefix_tokens"] = None                         # follows --image-size and --patch-size
     whole = [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
     lr = recipe["stages"][0][0].lr
-    add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="(%(default)s)")
+    add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="both (%(default)s)")
     add("--encoder", choices=["bidirectional", "causal"], help="(%(default)s)")
     add("--decoder", choices=["causal", "bidirectional"], help="of stage 1 (%(default)s)")
     add("--image-size", type=data.positive, help="(%(default)s)")
@@ -311,7 +311,7 @@ def main():
     if 1 in stages:
         model = Tokenizer(config)
         if args.start:
-            known = args.start.state_dict()                   # a causal decoder comes last and wins
+            known = args.start.state_dict()                   # with two decoders, the causal one's win
             known = {name.replace("causal_decoder", "decoder"): value for name, value in known.items()}
             data.load_fitting(model, known)
     else:

@@ -169,11 +169,13 @@ def is_inside(path, folder):
     """Whether a path is the folder or lies below it, links resolved."""
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
-def read_image(path):
-    """Any image file as an upright RGB PIL image. 16-bit greys become 8-bit, transparency becomes white.
+def read_image(path, least=None):
+    """Any image file as an upright RGB PIL image. 16-bit greys become 8-bit, transparency becomes white. A
+    JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves `least` pixels a side: it takes less time.
     InputError for what is no good image, OSError where the system refuses the file."""
     try:
         with Image.open(str(path)) as image:
+            image.draft(None, least and (least, least))
             image.load()                                                     # its errors come only once
             with contextlib.suppress(Exception):                             # damaged notes, good pixels
                 image = ImageOps.exif_transpose(image)
@@ -237,20 +239,21 @@ class ImageFolder:
     def __len__(self):
         return len(self.paths)
 
-    def open(self, index):
+    def open(self, index, least=None):
         """-> the picture at `index`, or with skip_bad the next readable one of its class, and its index."""
         same = np.flatnonzero(self.labels == self.labels[index]) if self.skip_bad else [index]
         for other in np.roll(same, -np.searchsorted(same, index)):
             try:
-                return read_image(f"{self.folder}/{self.paths[other]}"), other
+                return read_image(f"{self.folder}/{self.paths[other]}", least), other
             except InputError as error:
                 if not self.skip_bad:
-                    raise InputError(f"{error}, or train with --skip-bad-images") from None
+                    raise InputError(f"{error} and start anew, or add --skip-bad-images") from None
                 warnings.warn(f"skipped: {error}", stacklevel=2)             # once per picture
         raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.folder}")
 
     def read(self, epoch, index):
-        (image, _), label = self.open(index), self.labels[index]
+        least = 4 * self.size if self.training else None      # ours: after the resize it hardly shows
+        (image, _), label = self.open(index, least), self.labels[index]
         if self.training:
             return random_crop(image, self.size, generator("crop", self.seed, epoch, index)), label
         return centre_crop(image, self.size), label
@@ -274,7 +277,7 @@ def list_folder(folder, args):
         raise InputError(f"no images in {folder}: it needs a sub-folder a class, such as {folder}/cats/1.jpg")
     names = [path.split(os.sep)[0] if folders else "pictures" for path in paths]
     for empty in {*folders} - {*names}:
-        raise InputError(f"no images in {folder}/{empty}, but every sub-folder is a class; remove it")
+        raise InputError(f"no images in {folder}/{empty}: each sub-folder is a class; convert or remove it")
     names = [unicodedata.normalize("NFC", name) for name in names]
     classes, labels = np.unique(names, return_inverse=True)
     if all(path.count(os.sep) > 1 for path in paths):
@@ -510,7 +513,7 @@ def run(main):
         expected = isinstance(error, (InputError, OSError))
         code, message = (2, f"error: {error}") if expected else (1, traceback.format_exc())
         message += "".join(f"\nhint: {hint}" for sign, hint in HINTS.items() if sign in str(error))
-        print(f"rank {rank()}: {message}" if world_size() > 1 else message, file=sys.stderr)
+        tqdm.write(f"rank {rank()}: {message}" if world_size() > 1 else message, sys.stderr)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for process in multiprocessing.active_children():
             process.kill()
@@ -561,7 +564,7 @@ def add_run_arguments(parser):
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
-    add("--lr", type=above_zero, help="largest learning rate; a recipe's others follow (%(default)s)")
+    add("--lr", type=above_zero, help="its peak; in stage 2 as much higher or lower (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup; fewer in short runs (%(default)s)")
     add("--clip", type=at_least_zero, help="largest gradient norm; 0 is no limit (%(default)s)")
     add("--seed", **SEED)
@@ -670,6 +673,8 @@ class StopFlag:
     def note(self, number, frame):
         if not self.signal:
             self.signal, self.noted = number, time.monotonic()
+            with contextlib.suppress(OSError):                # the screen may be gone
+                os.write(2, b"\nstopping after this step; a second signal ends at once, without saving\n")
         elif time.monotonic() > self.noted + 1:
             os._exit(128 + number)
 
@@ -829,8 +834,6 @@ def load_fitting(model, state):
     own = model.state_dict()
     fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     model.load_state_dict(fits, strict=False)
-    if len(fits) < len(own) / 2:
-        say(f"note: {len(fits)} of {len(own)} tensors fit; the others start anew")
 
 def load_training_state(path, kind, fixed, steps):
     """The state that --resume goes on from, or None. InputError if `fixed` differs, and beyond `steps`."""

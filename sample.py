@@ -215,10 +215,10 @@ def parse_args():
     data.add_device_arguments(parser)
     parser.set_defaults(dtype="float32")      # guidance magnifies the rounding of bfloat16
     args = parser.parse_args()
-    given = {name: getattr(args, name) for name in SAMPLING}
-    args.sampling = {name: value for name, value in given.items() if value is not None}
+    args.sampling = {name: vars(args)[name] for name in SAMPLING if vars(args)[name] is not None}
     args.chosen = args.sampling | ({"seed": args.seed} if args.seed else {})
-    if args.png and args.png in (args.image, args.reconstruct):
+    source = args.image or args.reconstruct
+    if args.png and source and os.path.realpath(args.png) == os.path.realpath(source):
         parser.error("--png names the input; name another file")
     needs_class = not (args.npz or args.reconstruct or args.list_classes)
     if needs_class != bool(args.classes) and not args.image:
@@ -239,8 +239,7 @@ def main():
         tokenizer.stage1_decoder()            # refuses before the work
     if args.reconstruct:
         path = reconstruct(tokenizer, args, device)
-        data.say(f"painted {args.reconstruct} with {weights[0]}: {path}")
-        return
+        return data.say(f"painted {args.reconstruct} with {weights[0]}: {path}")
     model = load_ar(weights[1], device, tokenizer.config.grid, tokenizer.config.prefix_tokens)
     if (model.config.codebook_size != tokenizer.config.codebook_size
             or model.tokenizer not in (None, tokenizer.fingerprint())):

@@ -36,6 +36,7 @@ if __name__ != "__main__":                    # one thread: small models, and eq
     os.environ["OMP_NUM_THREADS"] = "1"
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)             # no other file registers it
 slow = pytest.mark.slow                       # of all tests after FAST, below
+load = functools.partial(torch.load, weights_only=True)
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 
 # ---- Tools ---------------------------------------------------------------------------------------
@@ -87,8 +88,6 @@ def python(*words, cwd=HERE, fails=False):
     assert (result.returncode != 0) == fails, result.stdout + result.stderr
     return result.stderr if fails else result.stdout
 
-load = functools.partial(torch.load, weights_only=True)
-
 def torchrun(script, *words, **options):
     ranks = "-m torch.distributed.run --nproc_per_node=2 --standalone"
     return python(*split([ranks, HERE / script, *words]), **options)
@@ -134,12 +133,11 @@ def on_tokens(trained):                       # words for train_ar, with the tok
 # ---- data.py -------------------------------------------------------------------------------------
 
 def test_shapes_show_their_class_and_are_a_function_of_seed_split_index():
-    sizes = len(data.SHAPES), len(data.COLOURS), len(data.BACKGROUNDS)
     grounds = np.array([ImageColor.getrgb(hue) for hue in data.BACKGROUNDS.values()])
     for label in range(0, len(data.SHAPE_CLASSES), 37):
         image, drawn = data.draw_shape(0, "train", label, 64)
         ground = np.abs(grounds - image[::63, ::63].mean((0, 1))).sum(1).argmin()     # of the corners
-        assert drawn == label and ground == np.unravel_index(label, sizes)[2]
+        assert drawn == label and ground == np.unravel_index(label, tuple(DIGITS.values()))[2]
     for other in [(1, "train", 207), (0, "val", 207), (0, "train", 207 + len(data.SHAPE_CLASSES))]:
         assert (data.draw_shape(0, "train", 207, 64)[0] != data.draw_shape(*other, 64)[0]).mean() > 0.3
 
@@ -149,6 +147,8 @@ def test_images_are_turned_upright_and_put_on_white(tmp_path):
     Image.new("RGBA", (40, 30)).save(tmp_path / "clear.png", exif=exif)
     pixels = np.asarray(data.read_image(tmp_path / "clear.png"))
     assert pixels.shape == (40, 30, 3) and (pixels == 255).all()
+    Image.new("RGB", (2100, 1600)).save(tmp_path / "large.jpg")
+    assert data.read_image(tmp_path / "large.jpg", 400).size == (525, 400)
 
 def test_crops():
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))

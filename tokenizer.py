@@ -45,7 +45,7 @@ class TokenizerConfig:
         if self.prefix_tokens is None:
             self.prefix_tokens = self.grid + 1
         if self.prefix_tokens not in (0, self.grid, self.grid + 1):
-            raise InputError(f"{self.prefix_tokens} prefix tokens, not 0, {self.grid} or {self.grid + 1}")
+            raise InputError(f"{self.prefix_tokens} prefix tokens; give 0, {self.grid} or {self.grid + 1}")
         if sorted(generation_order(self.grid).tolist()) != list(range(self.grid ** 2)):
             raise InputError("generation_order must name every patch of the grid exactly once")
 
@@ -275,15 +275,13 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         x = self.from_latent(z)
-        x = torch.cat([self.buffer_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1) + self.positions
+        x = torch.cat([self.buffer_tokens.expand(len(x), -1, -1), x], dim=1) + self.positions
         x = self.ln_pre(x)
         for block in self.blocks:
             x = block(x, self.causal)                         # the no-peeking-forward rule is this argument
         x = self.ln_post(x[:, len(self.buffer_tokens):])                                           # (B, N, C)
-        image, strip = self.image_head(x[:, self.place], self.grid), None
-        if self.strip_head:
-            strip = self.strip_head(x[:, :self.prefix_tokens], 1)
-        return image, strip
+        strip = self.strip_head(x[:, :self.prefix_tokens], 1) if self.strip_head else None
+        return self.image_head(x[:, self.place], self.grid), strip
 
 def strip_target(images, model):
     """What the P prefix tokens paint, (B, 3, p, P*p), see `own_patches`."""

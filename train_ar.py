@@ -136,7 +136,7 @@ def train(model, tokenizer, caches, classes, args, device):
         if stop:
             data.leave(stop, done)
     save("ar.pt", model.state_dict())
-    data.say(f"wrote {args.out}/ar.pt; next: python sample.py --class 0, with the same --out")
+    data.say(f"wrote ar.pt; next: sample.py --class 0 --out {args.out} --tokenizer {args.tokenizer}")
 
 def parse_args():
     parser = data.preset_parser(__doc__, PRESETS)
@@ -151,11 +151,9 @@ def parse_args():
     add("--ten-crop", action="store_true", help="cache ten crops of an image, as the paper does, not two")
     add("--class-dropout", type=data.from_0_to_1, default=0.1, help="share that trains the null class (0.1)")
     data.add_run_arguments(parser)
-    recipe, shape, start = RECIPES[known.preset], PRESETS[known.preset], None
-    if known.init_from:
-        start = load_ar(known.init_from)
-        recipe, shape = RECIPES["init"], asdict(start.config)
-    parser.set_defaults(**recipe, **shape, clip=CLIP, start=start)
+    start = load_ar(known.init_from) if known.init_from else None
+    shape = asdict(start.config) if start else PRESETS[known.preset]
+    parser.set_defaults(**RECIPES["init" if start else known.preset], **shape, clip=CLIP, start=start)
     args = parser.parse_args()
     args.heads = max(1, args.width * shape["heads"] // shape["width"])
     return args
@@ -164,7 +162,8 @@ def main():
     args = parse_args()
     device = data.start(args)
     data.refuse_overwrite(args.resume, f"{args.out}/ar_state.pt", f"{args.out}/ar.pt")
-    tokenizer = data.pack_linears(load_tokenizer(args.tokenizer or f"{args.out}/tokenizer.pt", device))
+    args.tokenizer = args.tokenizer or f"{args.out}/tokenizer.pt"
+    tokenizer = data.pack_linears(load_tokenizer(args.tokenizer, device))
     if not args.data:
         args.data, args.val_data = tokenizer.data[0], args.val_data or tokenizer.data[1]
         data.say(f"no --data given: taking --data {args.data}")

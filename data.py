@@ -564,7 +564,7 @@ def add_run_arguments(parser):
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
-    add("--lr", type=above_zero, help="its peak; in stage 2 as much higher or lower (%(default)s)")
+    add("--lr", type=above_zero, help="peak of stage 1; stage 2's scales with it (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup; fewer in short runs (%(default)s)")
     add("--clip", type=at_least_zero, help="largest gradient norm; 0 is no limit (%(default)s)")
     add("--seed", **SEED)

@@ -201,7 +201,8 @@ def parse_args():
     add("--class", dest="classes", nargs="+", metavar="CLASS", default=[], help="ids or names; a name wins")
     add("--keep", type=data.from_0_to_1, default=0.5, help="with --image: share of its tokens to keep (0.5)")
     add("--num-images", type=data.positive, help="pictures in the .npz (50,000); rows of --image (8)")
-    add("-n", "--n", type=data.positive, default=16, help="pictures of a class, or completions (16)")
+    add("-n", "--n", type=data.positive, default=16,
+        help="pictures of a class or to reconstruct, or completions of a picture (%(default)s)")
     add("--seed", **data.SEED)
     add("--cfg-scale", type=data.at_least_zero, help="guidance at the last token; 1 is none (the model's)")
     add("--cfg-power", type=data.at_least_zero, help="above 1 guidance comes late (the model's)")

@@ -271,7 +271,7 @@ def parse_args():
         shape["prefix_tokens"] = None                         # follows --image-size and --patch-size
     whole = [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
     lr = recipe["stages"][0][0].lr
-    add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="both (%(default)s)")
+    add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="of both (%(default)s)")
     add("--encoder", choices=["bidirectional", "causal"], help="(%(default)s)")
     add("--decoder", choices=["causal", "bidirectional"], help="of stage 1 (%(default)s)")
     add("--image-size", type=data.positive, help="(%(default)s)")
@@ -311,7 +311,7 @@ def main():
     if 1 in stages:
         model = Tokenizer(config)
         if args.start:
-            known = args.start.state_dict()                   # with two decoders, the causal one's win
+            known = args.start.state_dict()                   # of two decoders, the causal one wins
             known = {name.replace("causal_decoder", "decoder"): value for name, value in known.items()}
             data.load_fitting(model, known)
     else:

@@ -143,8 +143,8 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
     fixed = {name: getattr(args, name, None) for name in data.FIXED}
     order = data.generation_order(config.grid).tolist()
     warm = stage == 2 and not args.cold_swap
-    fixed |= {"order": order, "warm": warm, "phases": str(args.stages[stage - 1]),
-              **asdict(config), **train.files, **val.files}
+    fixed |= {phase.name: str(phase[2:]) for phase in phases}                # all but name and steps
+    fixed |= {"order": order, "warm": warm, **asdict(config), **train.files, **val.files}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     discriminator = Discriminator(args.discriminator).to(device)
     optimizer, disc_optimizer = (
@@ -263,8 +263,8 @@ def parse_args():
         known.init_from = f"{known.out}/tokenizer_stage1.pt"
     start = load_tokenizer(known.init_from) if known.init_from else None
     shape = start.config if start else PRESETS[known.preset]
-    recipe_name = known.recipe or ("tiny" if shape.init == "narrow" else "paper")
-    recipe, shape = dict(RECIPES[recipe_name]), asdict(shape) | {"decoder": "causal"}
+    recipe = dict(RECIPES[known.recipe or ("tiny" if shape.init == "narrow" else "paper")])
+    shape = asdict(shape) | {"decoder": "causal"}
     if start:
         recipe["blend_between"] = (0.0, 0.0)                  # its decoder knows codes already
     else:
@@ -282,8 +282,7 @@ def parse_args():
     add("--vision-weights", metavar="FOLDER", help="of loss networks (downloaded), or 'random', for trials")
     add("--no-perceptual", dest="perceptual", action="store_false", help="no ConvNeXt and LPIPS losses")
     data.add_run_arguments(parser)
-    parser.set_defaults(**recipe, **shape, recipe=recipe_name, steps=whole, lr=lr, base_lr=lr, start=start,
-                        data="shapes")
+    parser.set_defaults(**recipe, **shape, steps=whole, lr=lr, base_lr=lr, start=start, data="shapes")
     return parser.parse_args()
 
 def main():

@@ -21,7 +21,7 @@ PAPER = dict(steps=500_000, batch_size=2048, lr=4e-4, final_lr=1e-5, warmup=62_5
 RECIPES = {
     "tiny": dict(steps=9000, batch_size=32, lr=2e-3, final_lr=1e-5, warmup=200),       # ours
     "B": PAPER, "L": PAPER, "XL": {**PAPER, "steps": 250_000},
-    "init": dict(steps=1000, batch_size=32, lr=2e-4, final_lr=1e-5, warmup=100),       # ours
+    "init": dict(steps=1000, batch_size=32, lr=2e-4, final_lr=1e-5, warmup=100, eval_every=200),   # ours
 }
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.96), 0.03, 1.0
 

@@ -248,7 +248,7 @@ class ImageFolder:
             except InputError as error:
                 if not self.skip_bad:
                     raise InputError(f"{error} and start anew, or add --skip-bad-images") from None
-                warnings.warn(f"skipped: {error}", stacklevel=2)             # once per picture
+                warnings.warn(f"skipped: {error}")                           # once per picture
         raise InputError(f"no readable image of class {self.classes[self.labels[index]]} in {self.folder}")
 
     def read(self, epoch, index):

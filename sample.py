@@ -117,10 +117,10 @@ def paint_npz(model, tokenizer, args, device, weights):
         data.write_rows(images, numbers, painted.permute(0, 2, 3, 1).numpy())
         data.write_rows(done, numbers, np.ones(len(numbers)))                # its picture is on the disk
     data.barrier()
-    images, done = map(data.open_array, paths)                # with what other hosts wrote
-    if not done.all():
-        raise InputError(f"{(done == 0).sum()} pictures are not on the disk in {paths[0]}; run this again")
     if data.rank() == 0:
+        images, done = map(data.open_array, paths)            # with what other hosts wrote
+        if not done.all():
+            raise InputError(f"{(done == 0).sum()} pictures are not on the disk in {paths[0]}; run again")
         data.replace_file(args.npz, lambda file: np.savez(file, arr_0=images))
         lock.close()
         shutil.rmtree(part, ignore_errors=True)

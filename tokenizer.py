@@ -171,7 +171,7 @@ class Quantizer(nn.Module):
     def forward(self, z, blend=1.0):
         """Latents (B, N, D) -> quantized latents (B, N, D), tokens (B, N) int64, quantizer loss (scalar).
         blend: 0 passes the latents unquantized, 1 quantizes them; in between, a mixture of the two."""
-        with torch.autocast(z.device.type, enabled=False):    # distances need float32
+        with torch.autocast(z.device.type, enabled=False):    # bfloat16 is too coarse for distances
             z = z.float()
             distances = self.distances(z)
             tokens = distances.argmin(-1)
@@ -421,11 +421,10 @@ def load_tokenizer(path, device="cpu"):
     """The tokenizer of a file of train_tokenizer.py, or of a released one, in eval mode."""
     saved = load_checkpoint(path, "tokenizer", from_released)
     config, state = TokenizerConfig(**saved["config"]), saved["model"]
-    causal = replace(config, decoder="causal")
     with torch.device("meta"):                                # without random weights
         model = Tokenizer(config)
         if "causal_decoder.positions" in state:
-            model.causal_decoder = Decoder(causal)
+            model.causal_decoder = Decoder(replace(config, decoder="causal"))
     order = generation_order(config.grid).tolist()
     if saved.get("order", sorted(order)) != order:            # files without one have raster order
         raise InputError(f"the tokens of {path} have another order than generation_order says")

@@ -177,7 +177,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         phase, phase_step = schedule[step]
         warmup = 0 if warm or phase is not phases[0] else min(args.warmup, steps // 10)
         lr = data.learning_rate(phase_step, phase.steps, warmup, phase.lr, phase.final_lr)
-        blend = blend_at(step / steps, *args.blend_between) if stage == 1 else 1.0
+        blend = blend_at(step / steps, *args.blend_between)
 
         # In a GAN phase, discriminator and tokenizer learn from alternate batches.
         if phase.gan and phase_step % 2 == 0:
@@ -319,6 +319,7 @@ def main():
     for stage in stages:
         if stage == 2:
             torch.manual_seed(args.seed + 1)
+            args.blend_between = 0.0, 0.0     # its decoder sees codes alone
             model.swap_decoder(args.cold_swap)
         train_stage(model, train, val, args, judges, stop_flag, device)
         if stage == 1 and os.path.exists(f"{args.out}/tokenizer_stage2.pt"):
@@ -326,7 +327,7 @@ def main():
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),
                              model=model.state_dict(), data=(args.data, args.val_data),
                              order=data.generation_order(config.grid).tolist())
-    data.say(f"wrote {args.out}/tokenizer.pt; next: train_ar.py with the same --out")
+    data.say(f"{args.out}/tokenizer.pt is ready; next: train_ar.py with the same --out")
 
 if __name__ == "__main__":
     data.run(main)

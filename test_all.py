@@ -654,7 +654,7 @@ def test_two_runs_share_a_cache_but_not_a_folder(trained, tmp_path):
                                            ("--decoder bidirectional", 21), ("--encoder causal", 21)])
 def test_other_tokenizers_train_longer_and_paint(flags, tokens, tmp_path):
     must(train_tokenizer, f"--out {tmp_path}", TOKENIZER, flags, "--steps 6 4")
-    must(train_tokenizer, f"--out {tmp_path}", TOKENIZER, flags, "--steps 6 5 --resume")
+    must(train_tokenizer, f"--out {tmp_path}", TOKENIZER, flags, "--stage 2 --steps 6 5 --resume")
     must(train_tokenizer, f"--out {tmp_path}", TOKENIZER, flags, "--stage 1 --steps 6 5 --resume")
     must(train_ar, f"--out {tmp_path}", AR, "--steps 4")
     must(train_ar, f"--out {tmp_path}", AR, "--steps 8 --resume")

@@ -421,10 +421,11 @@ def load_tokenizer(path, device="cpu"):
     """The tokenizer of a file of train_tokenizer.py, or of a released one, in eval mode."""
     saved = load_checkpoint(path, "tokenizer", from_released)
     config, state = TokenizerConfig(**saved["config"]), saved["model"]
+    causal = replace(config, decoder="causal")
     with torch.device("meta"):                                # without random weights
         model = Tokenizer(config)
         if "causal_decoder.positions" in state:
-            model.causal_decoder = Decoder(replace(config, decoder="causal"))
+            model.causal_decoder = Decoder(causal)
     order = generation_order(config.grid).tolist()
     if saved.get("order", sorted(order)) != order:            # files without one have raster order
         raise InputError(f"the tokens of {path} have another order than generation_order says")

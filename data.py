@@ -559,12 +559,12 @@ def add_run_arguments(parser):
     """The flags of both trainers. --batch-size, --lr, --warmup and --clip get defaults from the recipe."""
     add = parser.add_argument
     add("-h", "--help", action="help", help="show this and exit")
-    add("--data", help="folder of class folders, or 'shapes', built in (train_ar.py: the tokenizer's)")
+    add("--data", help="folder of pictures or of class folders, or 'shapes' (train_ar.py: the tokenizer's)")
     add("--val-data", help="validation folder; without it every 20th image of --data is held out")
     add("--resume", action="store_true", help="go on from the training state in --out")
     add("--batch-size", type=positive, help="images a step, over all ranks (%(default)s)")
     add("--accum", type=positive, default=1, help="micro-batches a step (%(default)s)")
-    add("--lr", type=above_zero, help="peak of stage 1; stage 2's scales with it (%(default)s)")
+    add("--lr", type=above_zero, help="its peak, in stage 1; stage 2's scales with it (%(default)s)")
     add("--warmup", type=natural, help="steps of linear warmup; fewer in short runs (%(default)s)")
     add("--clip", type=at_least_zero, help="largest gradient norm; 0 is no limit (%(default)s)")
     add("--seed", **SEED)

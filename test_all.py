@@ -1282,7 +1282,7 @@ def main():
                         help="judge: samples.npz or folders of runs; claims: a folder for its runs")
     parser.add_argument("--data", default="shapes", help="judge: the true pictures (%(default)s)")
     parser.add_argument("--val-data", help="judge: those for its last column")
-    parser.add_argument("--fashion", type=Path, help="claims: Fashion-MNIST, see docs/claims.md")
+    parser.add_argument("--fashion", type=Path, help="claims: Fashion-MNIST, README makes the folder")
     parser.add_argument("--png", help="where a grid of samples, or the sheet (shapes.png), goes")
     parser.add_argument("--device", **data.DEVICE)
     parser.add_argument("--preset", choices=ar_model.PRESETS, nargs="+", default=["tiny"])

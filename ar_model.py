@@ -10,7 +10,7 @@ In shapes: B images, T tokens so far, N tokens an image, V codes, H heads of D n
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from data import (InputError, attention, generation_order, generator, load_check
 
 @dataclass
 class ARConfig:
-    """Shape of the model, and the classifier-free guidance that suits it. The defaults are the paper's B."""
+    """Shape of the model, and how it is best sampled. The defaults are the paper's B, without guidance."""
     codebook_size: int = 4096
     grid: int = 16               # patches a side
     prefix_tokens: int | None = None     # before the grid**2 tokens of the image. None: grid + 1
@@ -31,21 +31,23 @@ class ARConfig:
     depth: int = 24
     heads: int = 16
     dropout: float = 0.1
-    cfg_scale: float = 16.0
-    cfg_power: float = 1.8
+    cfg_scale: float = 1.0       # of classifier-free guidance, see `guidance`
+    cfg_power: float = 1.0
+    temperature: float = 1.0
 
     def __post_init__(self):
         if self.prefix_tokens is None:
             self.prefix_tokens = self.grid + 1
         if self.width % self.heads or self.width // self.heads % 4:
-            raise InputError(f"width {self.width} / {self.heads} heads: no multiple of 4; change the width")
+            raise InputError(f"width {self.width} / {self.heads} heads: no multiple of 4. A head of tiny has "
+                             "32, of B 48, of L 64, of XL 80: give --width a multiple of that")
 
     @property
     def num_tokens(self):
         return self.grid ** 2 + self.prefix_tokens
 
-PRESETS = {
-    "tiny": dict(width=160, depth=6, heads=5, dropout=0.0, cfg_scale=2.0, cfg_power=0.5),      # ours
+PRESETS = {                      # tiny is ours
+    "tiny": dict(width=160, depth=6, heads=5, dropout=0.0, cfg_scale=2.0, cfg_power=0.5, temperature=0.8),
     "B": dict(width=768, depth=24, heads=16, dropout=0.1, cfg_scale=16.0, cfg_power=1.8),
     "L": dict(width=1024, depth=24, heads=16, dropout=0.1, cfg_scale=6.0, cfg_power=0.7),
     "XL": dict(width=1280, depth=32, heads=16, dropout=0.1, cfg_scale=13.0, cfg_power=1.4),
@@ -194,21 +196,19 @@ class ARModel(nn.Module):
         return self.caches[kind]
 
     @torch.no_grad()
-    def generate(self, classes, uniforms=None, cfg_scale=None, cfg_power=None, temperature=1.0, top_k=None,
-                 kept=None, compiled=False):
+    def generate(self, classes, uniforms=None, top_k=None, kept=None, compiled=False, **sampling):
         """Paint classes (B,) int64 -> tokens (B, N) int64. uniforms: (B, N) numbers in [0, 1) that decide
-        every choice, see `image_uniforms`; by default torch's. None for cfg_scale and cfg_power takes the
-        config's; scale 1 does without guidance, at half the work. kept: tokens (B, K) to go on from.
-        compiled: by one compiled step, on a GPU one CUDA graph; for batches of a size that comes again."""
-        config, device, B, N = self.config, self.table.device, len(classes), self.config.num_tokens
-        cfg_scale = config.cfg_scale if cfg_scale is None else cfg_scale
-        cfg_power = config.cfg_power if cfg_power is None else cfg_power
+        every choice, see `image_uniforms`; by default torch's. kept: tokens (B, K) to go on from. compiled:
+        by one compiled step, on a GPU one CUDA graph; for batches of a size that comes again. sampling: other
+        cfg_scale, cfg_power or temperature than the config's. Scale 1 is no guidance, and half the work."""
+        config, device = replace(self.config, **sampling), self.table.device
+        B, N, scale, power = len(classes), config.num_tokens, config.cfg_scale, config.cfg_power
         if uniforms is None:
             uniforms = torch.rand(B, N, dtype=torch.float64)
         uniforms, classes, strengths = uniforms.to(device).double(), classes.to(device), [None] * N
-        if cfg_scale != 1:
+        if scale != 1:
             classes = torch.cat([classes, torch.full_like(classes, config.num_classes)])
-            strengths = torch.tensor([guidance(t, N, cfg_scale, cfg_power) for t in range(N)], device=device)
+            strengths = torch.tensor([guidance(t, N, scale, power) for t in range(N)], device=device)
         rows = config.codebook_size + 1 + classes
         caches, next_tokens, places = self.caches_for(len(rows)), self.next_tokens, range(N)
         if compiled:
@@ -220,10 +220,10 @@ class ARModel(nn.Module):
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()
             tokens[:, t] = next_tokens(rows, places[t], caches, uniforms[:, t], strengths[t],
-                                       temperature, top_k)
+                                       config.temperature, top_k)
             if kept is not None and t < kept.shape[1]:
                 tokens[:, t] = kept[:, t]
-            rows = tokens[:, t].repeat(1 if cfg_scale == 1 else 2)
+            rows = tokens[:, t].repeat(1 if scale == 1 else 2)
         return tokens
 
 def start_from(model, old, classes):
@@ -249,7 +249,7 @@ def sample_tokens(logits, uniforms, temperature=1.0, top_k=None):
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = F.softmax(logits.to(uniforms.dtype) / temperature, -1)
-    if top_k is not None and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:
         smallest = probabilities.topk(top_k).values[:, -1:]
         probabilities = probabilities.where(probabilities >= smallest, 0)
     cumulative = probabilities.cumsum(-1)
@@ -266,14 +266,13 @@ def image_uniforms(seed, images, num_tokens):
 def from_released(state):
     """A released state dict (alitok_{b,l,xl}.bin), whose names are ours -> ours. KeyError for others."""
     codes, width = state["output.weight"].shape
-    num_classes = len(state["embeddings.weight"]) - codes - 2
     heads = width // len(state["blocks.0.attn.q_norm.weight"])
     depth = sum(name.endswith("norm1.weight") for name in state)
-    config = dict(codebook_size=codes, num_classes=num_classes, width=width, depth=depth, heads=heads,
-                  cfg_scale=1.0, cfg_power=1.0)
+    config = dict(codebook_size=codes, num_classes=len(state["embeddings.weight"]) - codes - 2,
+                  width=width, depth=depth, heads=heads)
     for preset in PRESETS.values():
         if (preset["width"], preset["depth"]) == (width, depth):
-            config |= preset                                      # its guidance
+            config |= preset                                      # its guidance, too
     return {"config": config, "model": state, "classes": None, "tokenizer": None}
 
 def load_ar(path, device="cpu", grid=16, prefix_tokens=None):

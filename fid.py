@@ -484,19 +484,17 @@ def main():
     if args.tokenizer:
         tokenizer = data.pack_linears(load_tokenizer(args.tokenizer, device))
         size = tokenizer.config.image_size
-        builtin = args.data == "shapes"
-        images = data.Shapes("val", size, length=args.num_images) if builtin else Folder(args.data, size)
+        images = (data.Shapes("val", size, length=args.num_images) if args.data == "shapes"
+                  else Folder(args.data, size))
         scores = tokenizer_metrics(tokenizer, images, net, device, args)
     else:
         sets = [load_statistics(path, net, device, args) for path in paths]
         scores = compare(*sets, net) if args.samples else {"IS": compare({}, *sets, net)["IS"]}
         scores["images"] = [len(each["pool"]) if "pool" in each else None for each in sets]
-    if data.rank() > 0:
-        return
     if net.origin != PUBLISHED:
-        print(f"warning: Inception is not the published one but {net.origin}: figures are not comparable",
-              file=sys.stderr)
-    print(json.dumps({**scores, "inception": net.origin}, indent=1))
+        data.say(f"warning: Inception is not the published one but {net.origin}: figures are not comparable",
+                 sys.stderr)
+    data.say(json.dumps({**scores, "inception": net.origin}, indent=1))
     if args.save_stats:
         sets[-1].pop("pool", None)
         data.replace_file(args.save_stats, lambda file: np.savez(file, **sets[-1], inception=net.origin))

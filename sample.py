@@ -6,7 +6,7 @@
     python sample.py --reconstruct photos/ --png grid.png        # what the tokenizer makes of pictures
     torchrun --nproc_per_node=8 sample.py --npz samples.npz --num-images 50000
 
-In float32, picture k of a command follows from (seed, k) alone, whatever the batch size and the ranks.
+On a CPU in float32, picture k of a command follows from (seed, k) alone, whatever the batches and ranks.
 """
 import argparse
 import hashlib
@@ -181,20 +181,24 @@ def complete(model, tokenizer, ids, args, device):
     return save_grid(rows.flatten(0, 1), args.n + 2, "completed", args)
 
 def reconstruct(tokenizer, args, device):
-    """--reconstruct: rows of original, stage 1, stage 2, and their PSNR in dB. -> path of a grid"""
+    """--reconstruct: rows of original, stage 1 (if it is kept), stage 2; PSNR in dB. -> path of a grid"""
     originals = read_pictures(args.reconstruct, tokenizer.config.image_size, args.n).to(device)
     tokens = tokenizer.encode(originals)
-    causal, final = tokenizer.decode_causal(tokens)[0], tokenizer.decode(tokens)
-    for k, (one, two) in enumerate(zip(psnr(causal, originals), psnr(final, originals))):
-        data.say(f"picture {k}: stage 1 {one:.1f} dB, stage 2 {two:.1f} dB")
-    return save_grid(torch.stack([originals, causal, final], 1).flatten(0, 1), 3, "reconstructed", args)
+    painted = {"final decoder": tokenizer.decode(tokens)}
+    if tokenizer.decoder.causal or tokenizer.causal_decoder:
+        painted = {"causal decoder": tokenizer.decode_causal(tokens)[0], **painted}
+    for name, images in painted.items():
+        scores = [f"{score:.1f} dB" for score in psnr(images, originals)]
+        data.say(f"{name}: {', '.join(scores)}")
+    rows = torch.stack([originals, *painted.values()], 1)
+    return save_grid(rows.flatten(0, 1), 1 + len(painted), "reconstructed", args)
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=data.HelpFormatter)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--paint", metavar="GIF", help="with --class: show the grid appear token by token")
     task.add_argument("--image", metavar="PATH", help="go on from the first tokens of pictures (or 'shapes')")
-    task.add_argument("--reconstruct", metavar="PATH", help="pictures, and what either decoder makes of them")
+    task.add_argument("--reconstruct", metavar="PATH", help="pictures, and what the decoders make of them")
     task.add_argument("--npz", help="paint equally many pictures of every class into this file, for fid.py")
     task.add_argument("--classes", dest="list_classes", action="store_true", help="list what the model knows")
     add = parser.add_argument
@@ -206,7 +210,7 @@ def parse_args():
     add("--seed", **data.SEED)
     add("--cfg-scale", type=data.at_least_zero, help="guidance at the last token; 1 is none (the model's)")
     add("--cfg-power", type=data.at_least_zero, help="above 1 guidance comes late (the model's)")
-    add("--temperature", type=data.at_least_zero, help="0 takes the likeliest token (1)")
+    add("--temperature", type=data.at_least_zero, help="0 takes the likeliest token (the model's)")
     add("--top-k", type=data.positive, help="draw from the k likeliest tokens")
     add("--batch-size", type=data.positive, default=16, help="(%(default)s)")
     add("--out", default="out", help="folder with tokenizer.pt and ar.pt (%(default)s)")

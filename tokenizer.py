@@ -294,8 +294,6 @@ def strip_target(images, model):
 
 class Tokenizer(nn.Module):
     """Images are (B, 3, H, W) floats in [0, 1], tokens (B, N) int64, prefix first."""
-    stage = 1                        # 2 once `swap_decoder` has frozen all but the decoder
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -336,7 +334,6 @@ class Tokenizer(nn.Module):
     def swap_decoder(self, cold=False):
         """Stage 2: a bidirectional decoder; all else is frozen, so token ids stay. As in the released code it
         starts from the old one's tensors that fit, all but buffer tokens and positions; or, if cold, anew."""
-        self.stage = 2
         self.requires_grad_(False)
         old, self.config = self.decoder, replace(self.config, decoder="bidirectional")
         if old.causal:

@@ -133,9 +133,9 @@ def evaluate(model, val, args, device, picture_path):
 
 # ---- One stage -----------------------------------------------------------------------------------
 
-def train_stage(model, train, val, args, judges, stop_flag, device):
-    """Train stage `model.stage` in place, from wherever --resume finds its state, to its last step."""
-    stage, config = model.stage, model.config
+def train_stage(stage, model, train, val, args, judges, stop_flag, device):
+    """Train a stage of model in place, from wherever --resume finds its state, to its last step."""
+    config = model.config
     paths = [f"{args.out}/tokenizer_stage{k}.pt" for k in (1, 2)]
     run, path = f"tokenizer stage {stage}", paths[stage - 1]
     phases, steps = args.phases[stage], args.steps[stage - 1]
@@ -242,7 +242,7 @@ def train_stage(model, train, val, args, judges, stop_flag, device):
         if stop or done % args.save_every == 0 or done == steps:
             data.save_checkpoint(
                 path, kind="tokenizer", config=asdict(config), order=order, fixed=fixed, step=done,
-                skipped=skipped, losses=data.mean_over_ranks(losses),
+                skipped=skipped, losses=data.mean_over_ranks(losses), data=(args.data, args.val_data),
                 **{name: part.state_dict() for name, part in parts.items()})
         if done % args.eval_every == 0 or done == steps:
             scores = evaluate(model, val, args, device,
@@ -257,7 +257,7 @@ def parse_args():
     parser = data.preset_parser(__doc__, PRESETS)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, help="phases and losses (the preset's)")
-    add("--stage", choices=["1", "2", "both"], default="both", help="2 goes on from --out, or --init")
+    add("--stage", choices=["1", "2", "both"], default="both", help="2 goes on from 1 in --out, or --init")
     known, _ = parser.parse_known_args()
     if known.stage == "2" and not known.init_from:
         known.init_from = f"{known.out}/tokenizer_stage1.pt"
@@ -269,7 +269,6 @@ def parse_args():
         recipe["blend_between"] = (0.0, 0.0)                  # its decoder knows codes already
     else:
         shape["prefix_tokens"] = None                         # follows --image-size and --patch-size
-    whole = [sum(phase.steps for phase in phases) for phases in recipe["stages"]]
     lr = recipe["stages"][0][0].lr
     add("--steps", type=data.positive, nargs=2, metavar=("STAGE1", "STAGE2"), help="of both (%(default)s)")
     add("--encoder", choices=["bidirectional", "causal"], help="(%(default)s)")
@@ -282,7 +281,8 @@ def parse_args():
     add("--vision-weights", metavar="FOLDER", help="of loss networks (downloaded), or 'random', for trials")
     add("--no-perceptual", dest="perceptual", action="store_false", help="no ConvNeXt and LPIPS losses")
     data.add_run_arguments(parser)
-    parser.set_defaults(**recipe, **shape, steps=whole, lr=lr, base_lr=lr, start=start, data="shapes")
+    parser.set_defaults(steps=[sum(phase.steps for phase in phases) for phases in recipe["stages"]],
+                        **recipe, **shape, lr=lr, base_lr=lr, start=start, data="shapes")
     return parser.parse_args()
 
 def main():
@@ -321,7 +321,7 @@ def main():
             torch.manual_seed(args.seed + 1)
             args.blend_between = 0.0, 0.0     # its decoder sees codes alone
             model.swap_decoder(args.cold_swap)
-        train_stage(model, train, val, args, judges, stop_flag, device)
+        train_stage(stage, model, train, val, args, judges, stop_flag, device)
         if stage == 1 and os.path.exists(f"{args.out}/tokenizer_stage2.pt"):
             continue                          # tokenizer.pt is stage 2's already
         data.save_checkpoint(f"{args.out}/tokenizer.pt", kind="tokenizer", config=asdict(model.config),

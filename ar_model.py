@@ -33,7 +33,7 @@ class ARConfig:
     dropout: float = 0.1
     cfg_scale: float = 1.0       # of classifier-free guidance, see `guidance`
     cfg_power: float = 1.0
-    temperature: float = 1.0
+    temperature: float = 1.0     # the demo's is 0.6
 
     def __post_init__(self):
         if self.prefix_tokens is None:
@@ -46,8 +46,8 @@ class ARConfig:
     def num_tokens(self):
         return self.grid ** 2 + self.prefix_tokens
 
-PRESETS = {                      # tiny is ours
-    "tiny": dict(width=160, depth=6, heads=5, dropout=0.0, cfg_scale=2.0, cfg_power=0.5, temperature=0.8),
+PRESETS = {
+    "tiny": dict(width=160, depth=6, heads=5, dropout=0.0, cfg_scale=2.0, cfg_power=0.5),      # ours
     "B": dict(width=768, depth=24, heads=16, dropout=0.1, cfg_scale=16.0, cfg_power=1.8),
     "L": dict(width=1024, depth=24, heads=16, dropout=0.1, cfg_scale=6.0, cfg_power=0.7),
     "XL": dict(width=1280, depth=32, heads=16, dropout=0.1, cfg_scale=13.0, cfg_power=1.4),

@@ -152,7 +152,7 @@ def parse_args():
     add("--class-dropout", type=data.from_0_to_1, default=0.1, help="share that trains the null class (0.1)")
     data.add_run_arguments(parser)
     start = load_ar(known.init_from) if known.init_from else None
-    shape = asdict(start.config if start else ARConfig(**PRESETS[known.preset]))
+    shape = asdict(start.config) if start else PRESETS[known.preset]
     parser.set_defaults(**RECIPES["init" if start else known.preset], **shape, clip=CLIP, start=start)
     args = parser.parse_args()
     args.heads = max(1, args.width * shape["heads"] // shape["width"])

@@ -598,7 +598,8 @@ def refuse_overwrite(resume, state, *others):
     """InputError when a training would replace files of another: it must resume the state, or find none."""
     if not (resume and os.path.exists(state)):
         for path in filter(os.path.exists, (state, *others)):
-            raise InputError(f"{path} is there already: --resume needs {state}, a new --out starts anew")
+            raise InputError(f"{path} is there already: --resume goes on from {state}, where there is one; "
+                             "a new --out starts anew")
 
 # ---- Ranks, devices, signals ---------------------------------------------------------------------
 
